@@ -1,0 +1,1 @@
+"""Rows in, token batches out: records, readers, chat templates, masks, packing."""
