@@ -15,7 +15,7 @@ from flax import nnx
 from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.attention import ATTENTION, Attend, cached, causal
 from jaxalign.models.base import DecoderConfig, Functional, Numerics, merge_trees, stack_axes
-from jaxalign.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from jaxalign.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, matmul
 from jaxalign.models.rope import rotate
 from jaxalign.types import Params
 
@@ -58,8 +58,8 @@ class Attention(nnx.Module):
         context: Context,
         cache: KV | None,
         keys: list[Any],
-    ) -> tuple[jax.Array, KV | None]:
-        """x [N, T, D] -> [N, T, D] and the updated cache."""
+    ) -> tuple[jax.Array, KV]:
+        """x [N, T, D] -> [N, T, D], and the keys and values that were attended to."""
         c, numerics = self.config, context.numerics
         split = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
         q = split(self.q(x, numerics, keys[0]))
@@ -70,12 +70,11 @@ class Attention(nnx.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
-            cache = (_write(cache[0], k, context.start), _write(cache[1], v, context.start))
-            k, v = cache
+            k, v = _write(cache[0], k, context.start), _write(cache[1], v, context.start)
         y = context.attend(
             q, k, v, allowed, scale=c.attention_scale, softcap=c.attention_softcap, numerics=numerics
         )
-        return self.o(y.reshape(*x.shape[:2], -1), numerics, keys[3]), cache
+        return self.o(y.reshape(*x.shape[:2], -1), numerics, keys[3]), (k, v)
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array | None) -> jax.Array:
@@ -123,14 +122,14 @@ class Block(nnx.Module):
         context: Context,
         cache: KV | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KV | None]:
-        """x [N, T, D] -> [N, T, D] and the updated cache. `key` draws the dropout of adapters."""
+    ) -> tuple[jax.Array, KV]:
+        """x [N, T, D] -> [N, T, D], and the keys and values. `key` draws the dropout of adapters."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        y, cache = self.attn(self.attn_norm(x), angles, allowed, context, cache, keys[:4])
+        y, kv = self.attn(self.attn_norm(x), angles, allowed, context, cache, keys[:4])
         x = x + (y if self.post_attn_norm is None else self.post_attn_norm(y))
         y = self.mlp(self.mlp_norm(x), context.numerics, keys[4:])
         x = x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
-        return context.constrain(x, "batch", None, None), cache
+        return context.constrain(x, "batch", None, None), kv
 
 
 class Ends(nnx.Module):
@@ -218,6 +217,24 @@ class Model:
         With a cache the positions of a row are consecutive and say which slots are written. `key` switches
         training noise (adapter dropout, NEFTune) on.
         """
+        x, kv = self._forward(adapter, base, tokens, segments, positions, cache, key)
+        return x, None if cache is None else kv
+
+    def keys_values(self, base: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> KV:
+        """Keys and values of every layer, [L, N, K, T, h] each: what a cache is filled with."""
+        return self._forward(None, base, tokens, segments, positions, None, None, collect=True)[1]
+
+    def _forward(
+        self,
+        adapter: Params | None,
+        base: Params,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        cache: list[KV] | None,
+        key: jax.Array | None,
+        collect: bool = False,
+    ) -> tuple[jax.Array, Any]:
         ends = self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
         x = ends.embed(tokens, self.numerics) * self.config.embed_scale
         if key is not None and self.neftune_alpha:
@@ -233,10 +250,10 @@ class Model:
         size = None if cache is None else cache[0][0].shape[2]
         shared = self._shared(segments, positions, size)
         if cache is not None or isinstance(layers, list):
-            x, cache = self._unrolled(block, layers, x, shared, context, cache, key)
+            x, kv = self._unrolled(block, layers, x, shared, context, cache, key)
         else:
-            x = self._scanned(block, layers, x, shared, context, key)
-        return ends.final_norm(x), cache
+            x, kv = self._scanned(block, layers, x, shared, context, key, collect)
+        return ends.final_norm(x), kv
 
     def _shared(self, segments: jax.Array, positions: jax.Array, size: int | None) -> list[Any]:
         """(angles, allowed) of each kind of attention layer."""
@@ -250,19 +267,27 @@ class Model:
         return [kind(rope, window) for rope, window in self.config.kinds]
 
     def _scanned(
-        self, block: Any, layers: Params, x: jax.Array, shared: list[Any], context: Context, key: Any
-    ) -> jax.Array:
+        self,
+        block: Any,
+        layers: Params,
+        x: jax.Array,
+        shared: list[Any],
+        context: Context,
+        key: Any,
+        collect: bool,
+    ) -> tuple[jax.Array, KV | None]:
         c = self.config
         tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared) if len(shared) > 1 else None
 
-        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, KV | None]:
             params, kind, index = layer
             angles, allowed = jax.tree.map(lambda t: t[kind], tables) if tables else shared[0]
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-            return block(params)(x, angles, allowed, context, None, layer_key)[0], None
+            x, kv = block(params)(x, angles, allowed, context, None, layer_key)
+            return x, kv if collect else None
 
         per_layer = (layers, jnp.array(c.layer_kinds), jnp.arange(c.num_layers))
-        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)[0]
+        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)
 
     def _unrolled(
         self,
@@ -273,15 +298,15 @@ class Model:
         context: Context,
         cache: list[KV] | None,
         key: Any,
-    ) -> tuple[jax.Array, list[KV] | None]:
-        out: list[Any] = []
+    ) -> tuple[jax.Array, list[KV]]:
+        out: list[KV] = []
         for i, params in enumerate(unstack(layers)):
             angles, allowed = shared[self.config.layer_kinds[i]]
             layer_key = None if key is None else jax.random.fold_in(key, i + 1)
             kv = None if cache is None else cache[i]
             x, kv = block(params)(x, angles, allowed, context, kv, layer_key)
             out.append(kv)
-        return x, None if cache is None else out
+        return x, out
 
     def _neftune(self, key: jax.Array, x: jax.Array, segments: jax.Array) -> jax.Array:
         """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) alpha / sqrt(L D), L the length of the example."""
@@ -293,6 +318,12 @@ class Model:
     def unembed(self, base: Params) -> jax.Array:
         """The output matrix [D, V]: the head's kernel, or the embedding transposed where they are tied."""
         return base["embed"]["embedding"].T if self.config.tied else base["head"]["kernel"]
+
+    def logits(self, base: Params, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] of final hidden states [..., D]: for a few rows, as when decoding."""
+        z = matmul(hidden, self.unembed(base), self.numerics.compute)
+        cap = self.config.final_softcap
+        return cap * jnp.tanh(z / cap) if cap else z
 
     def empty_cache(self, rows: int, size: int) -> list[KV]:
         """Zeroed keys and values of `size` slots for `rows` rows, in the compute dtype."""

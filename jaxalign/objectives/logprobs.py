@@ -1,0 +1,185 @@
+"""Log-probabilities from hidden states, chunk by chunk over tokens: the only place that meets the vocabulary.
+
+No [B, T, V] array is ever made. Only rows that predict a target are multiplied with the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.objectives.base import Scores
+from jaxalign.types import Batch
+
+Parts = dict[str, jax.Array]  # float32 [N, M] each
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits.
+
+    chunk    tokens a row that are multiplied with the head at once
+    softcap  logits are cap * tanh(logits / cap), or None
+    dtype    operand dtype of the product, which accumulates in float32
+    trained  whether the head gets a gradient; a frozen one needs one pass less
+    smooth   whether the mean logit is wanted
+    compact  gather the rows that predict a target first; off where rows lie on several devices
+    """
+
+    chunk: int = 512
+    softcap: float | None = None
+    dtype: Any = jnp.float32
+    trained: bool = False
+    smooth: bool = False
+    compact: bool = True
+
+
+def token_scores(
+    hidden: jax.Array, kernel: jax.Array, batch: Batch, head: Head, constrain: Callable[..., jax.Array]
+) -> Scores:
+    """Scores [B, G, T] of `batch` from final hidden states [B*G, T, D] and the head's kernel [D, V]."""
+    shape = batch.tokens.shape
+    tokens, segments, mask = (
+        x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segments, batch.mask)
+    )
+    # Column t predicts token t + 1, unless that begins another example; the last column predicts nothing.
+    following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    valid = following(mask) & (following(segments) == segments) & (segments != 0)
+    # One gather of a sharded head for all chunks, not one in each.
+    kernel = constrain(kernel, None, "vocab")
+    path = _recomputed if head.trained or head.smooth else _frozen
+    parts = _chunked(partial(path, head), hidden, kernel, following(tokens), valid, head)
+    back = lambda x: jnp.roll(x, 1, axis=1).reshape(shape)  # noqa: E731
+    where = lambda x: jnp.where(valid, x, 0.0)  # noqa: E731
+    parts = {name: back(where(x)) for name, x in parts.items()}
+    return Scores(
+        logp=parts["label"] - parts["lse"],
+        logsumexp=parts["lse"],
+        mean_logit=parts["mean"],
+        correct=jax.lax.stop_gradient(parts["correct"]),
+        entropy=jax.lax.stop_gradient(parts["entropy"]),
+        mask=back(valid),
+    )
+
+
+def _chunked(
+    path: Callable[..., Parts], x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array, head: Head
+) -> Parts:
+    """Apply `path` to rows cut into chunks [C, N, c], the rows that predict something first."""
+    n, t = targets.shape
+    if not head.compact:
+        return _cut(path, x, kernel, targets, valid, head.chunk)
+    order = jnp.argsort(~valid.reshape(-1), stable=True)
+    pick = lambda a: a.reshape(1, n * t, *a.shape[2:])[:, order]  # noqa: E731
+    parts = _cut(path, pick(x), kernel, pick(targets), pick(valid), head.chunk)
+    inverse = jnp.argsort(order)
+    return {name: a[0][inverse].reshape(n, t) for name, a in parts.items()}
+
+
+def _cut(
+    path: Callable[..., Parts], x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array, chunk: int
+) -> Parts:
+    n, m = targets.shape
+    chunk = min(chunk, m)
+    count = -(-m // chunk)
+
+    def split(a: jax.Array) -> jax.Array:
+        padded = jnp.pad(a, [(0, 0), (0, count * chunk - m)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(padded.reshape(n, count, chunk, *a.shape[2:]), 1, 0)
+
+    parts = path(split(x), kernel, split(targets), split(valid))
+    return {name: jnp.moveaxis(a, 0, 1).reshape(n, -1)[:, :m] for name, a in parts.items()}
+
+
+def _logits(x: jax.Array, kernel: jax.Array, head: Head) -> jax.Array:
+    z = jnp.dot(x.astype(head.dtype), kernel.astype(head.dtype), preferred_element_type=jnp.float32)
+    return head.softcap * jnp.tanh(z / head.softcap) if head.softcap else z
+
+
+def _parts(z: jax.Array, targets: jax.Array, smooth: bool) -> tuple[Parts, jax.Array, jax.Array]:
+    """The scores of a chunk from its logits [..., V], with exp(z - max) and its sum."""
+    top = jax.lax.stop_gradient(z.max(axis=-1))
+    e = jnp.exp(z - top[..., None])
+    total = e.sum(axis=-1)
+    lse = top + jnp.log(total)
+    label = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    parts = {
+        "label": label,
+        "lse": lse,
+        "mean": z.mean(axis=-1) if smooth else jnp.zeros_like(lse),
+        "correct": (label >= top).astype(jnp.float32),
+        "entropy": lse - (e * z).sum(axis=-1) / total,
+    }
+    return parts, e, total
+
+
+def _recomputed(head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array) -> Parts:
+    """Chunks under `jax.checkpoint`: the gradient computes the logits again, for hidden and head alike."""
+
+    @jax.checkpoint
+    def one(chunk: tuple[jax.Array, jax.Array]) -> Parts:
+        return _parts(_logits(chunk[0], kernel, head), chunk[1], head.smooth)[0]
+
+    return jax.lax.map(one, (x, targets))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array) -> Parts:
+    """Chunks under a head without gradient.
+
+    The label's logit and the logsumexp of a token are scalars of one hidden state h only, so their gradients
+    in h are two vectors that the forward pass can produce from the same logits: W[y] and softmax(z) W^T.
+    The backward pass scales and adds them: one product with the head where recomputing takes two.
+    """
+    return _frozen_loop(head, x, kernel, targets, valid, gradient=False)[0]
+
+
+def _frozen_loop(
+    head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array, gradient: bool
+) -> tuple[Parts, tuple[jax.Array, jax.Array]]:
+    def one(i: jax.Array, out: Any) -> Any:
+        z = _logits(x[i], kernel, head)
+        parts, e, total = _parts(z, targets[i], smooth=False)
+        slopes = _slopes(head, z, e, total, kernel, targets[i]) if gradient else ()
+        new = (parts, tuple(s.astype(x.dtype) for s in slopes))
+        return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    parts = dict.fromkeys(("label", "lse", "mean", "correct", "entropy"), zeros)
+    slopes = (jnp.zeros_like(x), jnp.zeros_like(x)) if gradient else ()
+    # Chunks behind the last target are not computed.
+    used = jnp.max(jnp.where(valid.any(axis=(1, 2)), jnp.arange(valid.shape[0]) + 1, 0))
+    return jax.lax.fori_loop(0, used, one, (parts, slopes))
+
+
+def _slopes(
+    head: Head, z: jax.Array, e: jax.Array, total: jax.Array, kernel: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """d label / d hidden and d logsumexp / d hidden, [N, c, D] each."""
+    label = kernel.T[targets].astype(jnp.float32)
+    if head.softcap:
+        bend = 1 - jnp.square(z / head.softcap)
+        e = e * bend
+        label = label * jnp.take_along_axis(bend, targets[..., None], axis=-1)
+    rows, v = e.reshape(-1, e.shape[-1]).astype(head.dtype), kernel.astype(head.dtype)
+    lse = jax.lax.dot_general(rows, v, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return label, lse.reshape(*e.shape[:-1], -1) / total[..., None]
+
+
+def _frozen_forward(head: Head, *args: jax.Array) -> tuple[Parts, Any]:
+    parts, slopes = _frozen_loop(head, *args, gradient=True)
+    return parts, slopes
+
+
+def _frozen_backward(head: Head, slopes: Any, g: Parts) -> tuple[Any, ...]:
+    label, lse = slopes
+    dx = g["label"][..., None] * label + g["lse"][..., None] * lse
+    return dx.astype(label.dtype), None, None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)

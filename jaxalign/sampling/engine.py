@@ -1,0 +1,303 @@
+"""The host side of sampling: requests queue, slots are refilled as they end, finished samples stream out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.errors import UserError
+from jaxalign.models.decoder import Model
+from jaxalign.sampling import slots as device
+from jaxalign.sampling.samplers import Features, Settings
+from jaxalign.types import Params, SamplingParams
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    tokens       int32 [T], the stop token included
+    logp         float32 [T], under the model: temperature 1, nothing filtered
+    sample_logp  float32 [T], under the distribution each token was drawn from
+    finish       "stop" (a stop token or string) or "length"
+    text         decoded, without stop token and stop string; "" where the engine has no decoder
+    """
+
+    tokens: np.ndarray
+    logp: np.ndarray
+    sample_logp: np.ndarray
+    finish: str
+    text: str = ""
+
+
+@dataclass
+class _Row:
+    """One sample under way."""
+
+    request: int
+    sample: int
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    sample_logp: list[float] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """Position of the newest token."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `smallest`: the only shapes that are compiled."""
+    return 1 << (max(size, smallest, 1) - 1).bit_length()
+
+
+class Engine:
+    """Continuous batching over at most `slots` rows on static shapes.
+
+    base          weights with the adapter merged in (`Model.merge`)
+    decode        token ids -> text, needed for stop strings and `Sample.text`
+    stop_tokens   end every answer, besides each request's own
+    max_length    longest prompt and answer together; the model's own limit by default
+    steps         tokens sampled between two looks of the host
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        base: Params,
+        *,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        stop_tokens: tuple[int, ...] = (),
+        slots: int = 64,
+        max_length: int | None = None,
+        steps: int = 32,
+    ) -> None:
+        self.model, self.base, self.text, self.stop_tokens = model, base, decode, stop_tokens
+        self.slots, self.steps = bucket(slots), steps
+        self.max_length = max_length or model.config.max_positions
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[Sample]]:
+        """`params.n` samples of every prompt, in the order of the prompts."""
+        every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        out: list[list[Any]] = [[None] * p.n for p in every]
+        for request, index, sample in self.stream(prompts, every):
+            out[request][index] = sample
+        return out
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """(request, sample index, sample) as they finish. What a request gets does not depend on the others."""
+        waiting = [
+            _Row(i, j, self._checked(list(prompt), p, i), p)
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+            for j in range(p.n)
+        ]
+        if waiting:
+            yield from _Run(self, waiting).finished()
+
+    def _checked(self, prompt: list[int], params: SamplingParams, index: int) -> list[int]:
+        place, vocabulary = f"request {index}", self.model.config.vocab_size
+        if not prompt:
+            raise UserError("empty prompt", place=place, remedy="give at least one token")
+        if max(prompt) >= vocabulary or min(prompt) < 0:
+            remedy = "use the tokenizer that belongs to the model"
+            raise UserError(f"a token id is outside of the vocabulary ({vocabulary})", place=place, remedy=remedy)
+        if params.max_tokens < 1:
+            raise UserError(f"max_tokens is {params.max_tokens}", place=place, remedy="ask for at least 1")
+        total = len(prompt) + params.max_tokens
+        if total > self.max_length:
+            raise UserError(
+                f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} pass the limit of "
+                f"{self.max_length}",
+                place=place,
+                remedy="shorten the prompt or lower max_tokens",
+            )
+        if params.stop and self.text is None:
+            raise UserError("stop strings need a tokenizer", place=place, remedy="give Engine a decoder")
+        return prompt
+
+
+class _Run:
+    """One call of `Engine.stream`: the queue, the slots, and which row is where."""
+
+    def __init__(self, engine: Engine, waiting: list[_Row]) -> None:
+        self.engine, self.waiting = engine, waiting[::-1]
+        params = [row.params for row in waiting]
+        self.features = Features.of(params)
+        self.stop_width = bucket(max(len(self._stops(p)) for p in params))
+        self.rows: list[_Row | None] = [None] * self._slots(len(waiting))
+        self.size = 0
+        self.state = self._empty()
+
+    def _slots(self, rows: int) -> int:
+        # XLA's bfloat16 product with one row is over ten times slower than with two on a CPU.
+        slow_single = self.engine.model.numerics.compute == jnp.bfloat16
+        return min(bucket(rows, 2 if slow_single else 1), max(self.engine.slots, 2))
+
+    def _stops(self, params: SamplingParams) -> tuple[int, ...]:
+        return (*self.engine.stop_tokens, *params.stop_tokens)
+
+    def finished(self) -> Iterator[tuple[int, int, Sample]]:
+        """Run until queue and slots are empty."""
+        while self.waiting or any(self.rows):
+            self._refill()
+            active = sum(row is not None for row in self.rows)
+            # Come back when an eighth of the slots has ended and somebody waits for them.
+            wanted = active - max(1, len(self.rows) // 8) if self.waiting else 0
+            self._shape()
+            engine = self.engine
+            self.state, out = device.decode(
+                engine.model, self.features, engine.steps, engine.base, self.state, np.int32(wanted)
+            )
+            yield from self._collect(jax.device_get(out), np.asarray(self.state.active))
+
+    def _refill(self) -> None:
+        free = [i for i, row in enumerate(self.rows) if row is None]
+        taken = [(i, self.waiting.pop()) for i in free[: len(self.waiting)]]
+        if not taken:
+            return
+        for i, row in taken:
+            self.rows[i] = row
+        self._shape()
+        # Prompts of one length bucket are prefilled together, each once for all of its samples.
+        groups: dict[int, list[tuple[int, _Row]]] = {}
+        for i, row in taken:
+            groups.setdefault(bucket(len(row.prompt) - 1, 16), []).append((i, row))
+        for length, group in groups.items():
+            self._insert(length, group)
+
+    def _insert(self, length: int, group: list[tuple[int, _Row]]) -> None:
+        engine = self.engine
+        distinct = list({row.request: row.prompt for _, row in group}.items())
+        number = {request: p for p, (request, _) in enumerate(distinct)}
+        count = bucket(len(distinct), min(len(self.rows), 8))
+        tokens = np.zeros((count, length), np.int32)
+        lengths = np.zeros((count,), np.int32)
+        for p, (_, prompt) in enumerate(distinct):
+            # The last token of the prompt is the first input of decoding.
+            tokens[p, : len(prompt) - 1], lengths[p] = prompt[:-1], len(prompt) - 1
+        length = min(length, self.size)
+        kv = device.prefill(engine.model, engine.base, tokens[:, :length], lengths)
+        many = bucket(len(group), min(len(self.rows), 8))
+        where = np.full((many,), len(self.rows), np.int32)
+        prompt = np.zeros((many,), np.int32)
+        for m, (i, row) in enumerate(group):
+            where[m], prompt[m] = i, number[row.request]
+        padded = [row for _, row in group] + [group[0][1]] * (many - len(group))
+        self.state = device.insert(self.state, kv, prompt, where, self._states(padded))
+
+    def _states(self, rows: list[_Row]) -> device.Slots:
+        """All of `Slots` but the cache, for rows that are about to start."""
+        vocabulary = self.engine.model.config.vocab_size
+        stops = np.full((len(rows), self.stop_width), -1, np.int32)
+        seen = np.zeros((len(rows), vocabulary if self.features.penalty else 0), bool)
+        for m, row in enumerate(rows):
+            own = self._stops(row.params)
+            stops[m, : len(own)] = own
+            if self.features.penalty:
+                seen[m, row.prompt] = True
+        integer = lambda values: np.array(values, np.int32)  # noqa: E731
+        return device.Slots(
+            cache=[],
+            token=integer([row.prompt[-1] for row in rows]),
+            position=integer([len(row.prompt) - 1 for row in rows]),
+            emitted=np.zeros((len(rows),), np.int32),
+            limit=integer([row.params.max_tokens for row in rows]),
+            active=np.ones((len(rows),), bool),
+            stops=stops,
+            seen=seen,
+            settings=Settings.of([(row.params, row.sample) for row in rows]),
+        )
+
+    def _empty(self) -> device.Slots:
+        """Slots in which nothing runs, with a cache of one position: `_shape` gives them their size."""
+        n = len(self.rows)
+        nobody = _Row(0, 0, [0], SamplingParams())
+        state = self._states([nobody] * n)
+        cache = self.engine.model.empty_cache(n, 1)
+        state = jax.tree.map(jnp.asarray, replace(state, cache=cache))
+        return device.resize(state, np.full((n,), -1, np.int32), 1)
+
+    def _shape(self) -> None:
+        """Make the cache long enough for the next call, and drop slots once most of them stay empty."""
+        held = [i for i, row in enumerate(self.rows) if row is not None]
+        need = 1 + max(
+            min(row.last + self.engine.steps, len(row.prompt) + row.params.max_tokens)
+            for row in self.rows
+            if row is not None
+        )
+        size = max(self.size, bucket(need, 128))
+        slots = len(self.rows)
+        if not self.waiting and len(held) * 4 <= slots:
+            slots = self._slots(len(held))
+        if (size, slots) == (self.size, len(self.rows)):
+            return
+        where = list(range(slots))
+        if slots != len(self.rows):
+            where = held + [-1] * (slots - len(held))
+            self.rows = [self.rows[i] if i >= 0 else None for i in where]
+        self.state = device.resize(self.state, np.array(where, np.int32), size)
+        self.size = size
+
+    def _collect(self, out: device.Emitted, active: np.ndarray) -> Iterator[tuple[int, int, Sample]]:
+        cut = []
+        for i, row in enumerate(self.rows):
+            if row is None:
+                continue
+            count = int(out.count[i])
+            row.tokens += out.tokens[i, :count].tolist()
+            row.logp += out.logp[i, :count].tolist()
+            row.sample_logp += out.sample_logp[i, :count].tolist()
+            sample = self._finish(row, bool(active[i]))
+            if sample is not None:
+                if active[i]:
+                    cut.append(i)
+                self.rows[i] = None
+                yield row.request, row.sample, sample
+        if cut:
+            # Rows that a stop string has ended still run on the device.
+            keep = np.asarray(active).copy()
+            keep[cut] = False
+            self.state = self.state.with_active(keep)
+
+    def _finish(self, row: _Row, active: bool) -> Sample | None:
+        """The finished sample, or None while it runs."""
+        decode, tokens = self.engine.text, row.tokens
+        stop_tokens = self._stops(row.params)
+        finish = "stop" if tokens and tokens[-1] in stop_tokens else "length"
+        count, text = len(tokens), ""
+        if decode is not None and (row.params.stop or not active):
+            end = count - 1 if finish == "stop" else count
+            text = decode(tokens[:end])
+            found = [text.find(s) for s in row.params.stop if s in text]
+            if found:
+                text, finish = text[: min(found)], "stop"
+                count = _tokens_until(decode, tokens, row.params.stop)
+                active = False
+        if active:
+            return None
+        array = lambda values: np.array(values[:count], np.float32)  # noqa: E731
+        return Sample(np.array(tokens[:count], np.int32), array(row.logp), array(row.sample_logp), finish, text)
+
+
+def _tokens_until(decode: Callable[[Sequence[int]], str], tokens: list[int], stops: tuple[str, ...]) -> int:
+    """The fewest tokens whose text holds a stop string: found by bisection, for text only grows."""
+    lo, hi = 1, len(tokens)
+    while lo < hi:
+        mid = (lo + hi) // 2
+        text = decode(tokens[:mid])
+        if any(s in text for s in stops):
+            hi = mid
+        else:
+            lo = mid + 1
+    return lo

@@ -1,0 +1,122 @@
+"""The only gradient step: accumulate sums over micro-batches, divide once, update what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.models.decoder import Model
+from jaxalign.objectives.base import Metrics, Objective
+from jaxalign.train.score import score
+from jaxalign.train.state import TrainState
+from jaxalign.types import Batch, Params
+
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Eval = Callable[[Params, Params, Batch], Metrics]
+
+
+def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) -> Callable[..., Any]:
+    """loss(params, base, batch [B, G, T], key) -> (loss sum, (weight, metrics)).
+
+    `params` is the adapter over the frozen `base`, or all weights (`train_base`), and then base is unused.
+    """
+
+    def loss(params: Params, base: Params, batch: Batch, key: jax.Array | None) -> Any:
+        adapter, weights = (None, params) if train_base else (params, base)
+        scores = score(
+            model,
+            adapter,
+            weights,
+            batch,
+            key=key,
+            needs=objective.needs,
+            train_base=train_base,
+            compact=mesh.size == 1,
+        )
+        total, weight, metrics = objective(scores, batch)
+        return total, (weight, metrics)
+
+    return loss
+
+
+def make_step(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    train_base: bool = False,
+    out_shardings: Any = None,
+) -> Step:
+    """A jitted step over batches [A, B, G, T]: A micro-batches are scanned, and the result does not depend on
+    how a step's rows are cut into micro-batches, devices or packed rows.
+
+    The state is donated; `out_shardings` (`state_shardings`) keeps it where it was. A step whose loss or
+    gradient is not finite changes nothing but the counter, and says so in the metric `nonfinite`.
+    """
+    loss = make_loss(model, objective, mesh, train_base)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=out_shardings and (out_shardings, None))
+    def step(state: TrainState, base: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def micro(index: jax.Array, part: Batch) -> Any:
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (total, (weight, metrics)), grads = grad(state.params, base, part, jax.random.fold_in(key, index))
+            return grads, {"loss": (total, weight), **metrics}, (part.segments != 0).sum()
+
+        grads, metrics, tokens = _sum_over(micro, batch)
+        weight = jnp.maximum(metrics["loss"][1], 1e-8)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        params, opt = jax.tree.map(keep, (params, opt), (state.params, state.opt))
+        report = divide(metrics) | {
+            "grad_norm": norm,
+            "num_tokens": tokens,
+            "num_targets": metrics["loss"][1],
+            "nonfinite": 1 - finite.astype(jnp.int32),
+        }
+        return TrainState(state.step + 1, params, opt, state.key), report
+
+    return step
+
+
+def _sum_over(micro: Callable[[jax.Array, Batch], Any], batch: Batch) -> Any:
+    """The sum of micro(index, micro-batch) over the leading axis, without a copy for each."""
+    count = batch.tokens.shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
+    if count == 1:
+        return micro(jnp.zeros((), jnp.int32), first)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jnp.int32(0), first))
+
+    def body(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro(*item)), None
+
+    return jax.lax.scan(body, start, (jnp.arange(count), batch))[0]
+
+
+def make_eval(model: Model, objective: Objective, mesh: Mesh, *, train_base: bool = False) -> Eval:
+    """eval(params, base, batch [B, G, T]) -> {name: (sum, weight)}, without training noise."""
+    loss = make_loss(model, objective, mesh, train_base)
+
+    @jax.jit
+    def evaluate(params: Params, base: Params, batch: Batch) -> Metrics:
+        total, (weight, metrics) = loss(params, base, batch, None)
+        return {"loss": (total, weight), **metrics}
+
+    return evaluate
+
+
+def divide(metrics: Metrics) -> dict[str, jax.Array]:
+    """{name: sum / weight}; 0 where nothing was weighed."""
+    return {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in metrics.items()}
