@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +61,30 @@ class Numerics:
     def choose(cls, compute: Any, platform: str) -> Numerics:
         """On a CPU elementwise bfloat16 is several times slower than float32, so activations stay float32."""
         return cls(compute, jnp.float32 if platform == "cpu" else compute)
+
+
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`bf16` or `f32`; `auto` takes bf16 where the first device multiplies it natively."""
+    if dtype != "auto":
+        return dtype
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "bf16" if _cpu_multiplies_bf16() else "f32"
+    capability = str(getattr(device, "compute_capability", "9"))
+    return "bf16" if float(capability) >= 8 else "f32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Told by /proc/cpuinfo; jax before 0.11 gains little from it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
+    return version >= (0, 11) and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from jaxalign.sampling.samplers import Features, Settings
 from jaxalign.types import Params, SamplingParams
 
 
+Watch = Callable[[int, int, list[int]], None]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One answer.
@@ -94,16 +97,22 @@ class Engine:
         return out
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, int, Sample]]:
-        """(request, sample index, sample) as they finish. What a request gets does not depend on the others."""
+        """(request, sample index, sample) as they finish. What a request gets does not depend on the others.
+
+        `watch` is told (request, sample index, tokens so far) of rows that go on, after every round.
+        """
         waiting = [
             _Row(i, j, self._checked(list(prompt), p, i), p)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
             for j in range(p.n)
         ]
         if waiting:
-            yield from _Run(self, waiting).finished()
+            yield from _Run(self, waiting, watch).finished()
 
     def _checked(self, prompt: list[int], params: SamplingParams, index: int) -> list[int]:
         place, vocabulary = f"request {index}", self.model.config.vocab_size
@@ -130,8 +139,8 @@ class Engine:
 class _Run:
     """One call of `Engine.stream`: the queue, the slots, and which row is where."""
 
-    def __init__(self, engine: Engine, waiting: list[_Row]) -> None:
-        self.engine, self.waiting = engine, waiting[::-1]
+    def __init__(self, engine: Engine, waiting: list[_Row], watch: Watch | None) -> None:
+        self.engine, self.waiting, self.watch = engine, waiting[::-1], watch
         params = [row.params for row in waiting]
         self.features = Features.of(params)
         self.stop_width = bucket(max(len(self._stops(p)) for p in params))
@@ -264,6 +273,8 @@ class _Run:
                     cut.append(i)
                 self.rows[i] = None
                 yield row.request, row.sample, sample
+            elif self.watch is not None:
+                self.watch(row.request, row.sample, row.tokens)
         if cut:
             # Rows that a stop string has ended still run on the device.
             keep = np.asarray(active).copy()
