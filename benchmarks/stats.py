@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOSS_RTOL = {"f32": 1e-4, "bf16": 2e-2}  # specification of the head-to-head: how far a first loss may lie apart
+LOSS_RTOL = {"f32": 1e-4, "bf16": 2e-2}  # how far first losses may lie apart
 
 
-class NotTheSameWork(Exception):
+class DifferentWorkError(Exception):
     """Two contenders do not compute the same thing, so their speeds must not be compared."""
 
 
@@ -29,7 +29,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(ours: Sequence[float], peer: Sequence[float]) -> Spread:
-    """Of per-round quotients `ours[i] / peer[i]`: neighbours in time share the machine's mood, means do not."""
+    """Of per-round quotients `ours[i] / peer[i]`: neighbours in time share the machine's mood."""
     if len(ours) != len(peer) or not ours:
         raise ValueError(f"rounds do not pair: {len(ours)} and {len(peer)}")
     return spread([a / b for a, b in zip(ours, peer, strict=True)])
@@ -43,13 +43,13 @@ def gap(a: float, b: float) -> float:
 def check_losses(first: dict[str, float], reference: str, precision: str) -> dict[str, float]:
     """Relative gaps of each contender's first loss to the reference's.
 
-    Raises `NotTheSameWork` when one is beyond the precision's tolerance, or is not a number.
+    Raises `DifferentWorkError` when one is beyond the precision's tolerance, or is not a number.
     """
     gaps = {name: gap(loss, first[reference]) for name, loss in first.items()}
     wrong = {n: g for n, g in gaps.items() if not g <= LOSS_RTOL[precision]}
     if wrong:
         text = ", ".join(f"{n} {first[n]:.6f} ({g:.1e})" for n, g in wrong.items())
-        raise NotTheSameWork(
+        raise DifferentWorkError(
             f"first-step loss differs from {reference} {first[reference]:.6f} by more than "
             f"{LOSS_RTOL[precision]:g} in {precision}: {text}"
         )
@@ -57,9 +57,9 @@ def check_losses(first: dict[str, float], reference: str, precision: str) -> dic
 
 
 def agreement(ours: Sequence[Sequence[int]], peer: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How far two sets of greedy answers agree: `rows` equal entirely, `tokens` before the first difference."""
+    """How far two sets of answers agree: share of `rows` all equal, of `tokens` before a first difference."""
     if len(ours) != len(peer) or any(len(a) != len(b) for a, b in zip(ours, peer, strict=True)):
-        raise NotTheSameWork("the answers differ in number or length")
+        raise DifferentWorkError("the answers differ in number or length")
     prefixes = [_common(a, b) for a, b in zip(ours, peer, strict=True)]
     total = sum(len(a) for a in ours)
     equal = sum(p == len(a) for p, a in zip(prefixes, ours, strict=True))

@@ -22,10 +22,12 @@ def cell(value: Any) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of these columns, padded so that it reads on a terminal too. A missing value is a dash."""
+    """A Markdown table of these columns, padded to read well on a terminal. A missing value is a dash."""
     cells = [list(columns)] + [[cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Weight files written with numpy alone: a random model of a given shape, and the LoRA adapter all contenders share.
+"""Weight files written with numpy alone: a random model of a given shape, and the shared LoRA adapter.
 
 Everybody reads the same adapter, so not only the first loss (B = 0 makes that equal for any A) but the whole
 loss curve can be compared.
@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.flops import SHAPES, Shape, shape
 
 PEFT = "base_model.model."
+NORMS = ("input_layernorm", "post_attention_layernorm")
 ITEM = {"F32": 4, "BF16": 2}
 
 
@@ -29,7 +30,7 @@ def tensors(s: Shape) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}."
         linears = linear_shapes(s.width, s.inner, q, kv)
         found |= {f"{layer}{name}.weight": size for name, size in linears.items()}
-        found |= {f"{layer}{norm}.weight": (s.width,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        found |= {f"{layer}{norm}.weight": (s.width,) for norm in NORMS}
     return found
 
 
@@ -40,8 +41,10 @@ def linear_shapes(width: int, inner: int, q: int, kv: int) -> dict[str, tuple[in
     return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
 
 
-def write_safetensors(path: Path, sizes: Mapping[str, tuple[int, ...]], dtype: str, data: Iterator[bytes]) -> None:
-    """A safetensors file of tensors of one dtype; `data` yields each tensor's bytes in the order of `sizes`."""
+def write_safetensors(
+    path: Path, sizes: Mapping[str, tuple[int, ...]], dtype: str, data: Iterator[bytes]
+) -> None:
+    """A safetensors file of tensors of one dtype; `data` yields their bytes in the order of `sizes`."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, size in sizes.items():

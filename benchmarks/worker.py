@@ -7,16 +7,24 @@ A reply with the key `error` carries a traceback.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import signal
 import sys
 import traceback
 
 from benchmarks.protocol import Channel
 
+# A contender never runs on another device than its job says.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
+# Linux: a worker that is stopped would otherwise outlive a parent that was killed.
+PR_SET_PDEATHSIG = 1
+
 
 def main(module: str) -> None:
     """Pins this process before anything heavy is imported, then hands over to `module.run(job, channel)`."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     channel = Channel()
     try:
         message = channel.receive()
@@ -24,6 +32,7 @@ def main(module: str) -> None:
             return
         # Thread pools size themselves by the affinity mask they find when they start.
         os.sched_setaffinity(0, message["cpus"])
+        os.environ["JAX_PLATFORMS"] = PLATFORMS[message["job"].get("device", "cpu")]
         importlib.import_module(module).run(message["job"], channel)
     except Exception:
         channel.reply(error=traceback.format_exc())

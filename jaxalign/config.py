@@ -51,7 +51,10 @@ def load_config(
     try:
         config = cls.model_validate(_over_defaults(cls, layer.values))
     except ValidationError as error:
-        _refuse(layer.mistakes + [_explain(cls, layer, e) for e in error.errors(include_url=False)])
+        order = {key: i for i, key in enumerate(layer.places)}  # as a reader of the files meets them
+        errors = [e for e in error.errors(include_url=False) if _key(e) not in layer.unread]
+        errors.sort(key=lambda e: order.get(_key(e), len(order)))
+        _refuse(layer.mistakes + [_explain(cls, layer, e) for e in errors])
     if layer.mistakes:
         _refuse(layer.mistakes)
     return config
@@ -76,15 +79,19 @@ def _over_defaults(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _key(error: Any) -> Key:
+    return tuple(str(part) for part in error["loc"])
+
+
 def _explain(cls: type[Config], layer: Layer, error: Any) -> str:
     """One line for one pydantic error: place, key, what is wrong."""
-    key = tuple(str(part) for part in error["loc"])
+    key = _key(error)
     place = next((layer.places[key[:i]] for i in range(len(key), 0, -1) if key[:i] in layer.places), "")
     dotted = ".".join(key)
     if error["type"] == "extra_forbidden":
         text = f"unknown key{_nearest_key(cls, key)}"
     elif error["type"] == "missing":
-        text = "is needed and has no value"
+        text = f"is needed: {_help_of(cls, key)}"
     elif error["type"] in ("tuple_type", "list_type"):
         text = f"expected a list such as [a, b], found {_kind(error['input'])}"
     else:
@@ -93,6 +100,11 @@ def _explain(cls: type[Config], layer: Layer, error: Any) -> str:
         if not isinstance(error["input"], dict | list | BaseModel):
             text += f" (found {error['input']!r})"
     return ": ".join(part for part in (place, dotted, text) if part)
+
+
+def _help_of(cls: type[Config], key: Key) -> str:
+    dotted = ".".join(key)
+    return next((row.help for row in describe(cls) if row.key == dotted and row.help), "it has no default")
 
 
 def _nearest_key(cls: type[Config], key: Key) -> str:

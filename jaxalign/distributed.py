@@ -1,4 +1,4 @@
-"""Joining the other processes of a run, the compilation cache, and the notice that the machine is going away."""
+"""Joining the other processes of a run, the compilation cache, and the notice to stop."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ def _installed(module: str) -> bool:
 def start(env: Mapping[str, str] | None = None) -> None:
     """Joins the other processes of the run, if there are any. Call it before JAX touches a device.
 
-    Explicit `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` win (JAX itself reads only the
-    first); then what JAX detects (Slurm, Open MPI, Cloud TPU, Kubernetes); else this is a process on its own.
-    Calling it again is harmless. Raises `UserError` when the environment is incomplete or the others stay away.
+    Explicit `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` win (JAX itself reads only
+    the first); then what JAX detects (Slurm, Open MPI, Cloud TPU, Kubernetes); else the process is alone.
+    Calling it again is harmless. Raises `UserError` when the environment is incomplete or the others stay
+    away.
     """
     env = os.environ if env is None else env
     who = launcher(env)
@@ -135,7 +136,7 @@ def _explicit(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_slurm(env: Mapping[str, str]) -> None:
-    """Under Slurm JAX gives each task one GPU: one task on an 8-GPU node would silently train on one of them."""
+    """Under Slurm JAX gives each task one GPU: one task on an 8-GPU node would silently use one of them."""
     tasks = env.get("SLURM_NTASKS_PER_NODE", "").split("(")[0]
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     if tasks.isdigit() and gpus.isdigit() and int(tasks) < int(gpus) and "JAX_LOCAL_DEVICE_IDS" not in env:

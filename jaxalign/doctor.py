@@ -22,8 +22,8 @@ from typing import Any, Literal
 from jaxalign.distributed import cache_folder, launcher
 
 PACKAGES = tuple(
-    "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers datasets safetensors gguf "  # noqa: SIM905
-    "pydantic PyYAML typer rich httpx Jinja2 tensorboardX".split()
+    "jax jaxlib flax optax orbax-checkpoint numpy scipy transformers tokenizers datasets pyarrow gguf "  # noqa: SIM905
+    "pydantic PyYAML typer rich Jinja2 tensorboardX".split()
 )
 
 _DEVICES = """
@@ -235,9 +235,10 @@ def _idle_accelerator(seen: Mapping[str, Any], env: Mapping[str, str]) -> list[C
 
 def check_cache(env: Mapping[str, str]) -> list[Check]:
     """The folder of compiled programs: can it be written, and does jax write into it?"""
-    folder = Path(env.get("JAX_COMPILATION_CACHE_DIR") or cache_folder(env))
-    if "://" in str(folder):
-        return [Check("caches", "compiled programs", f"{folder} (not tried)")]
+    named = env.get("JAX_COMPILATION_CACHE_DIR", "")
+    if "://" in named:
+        return [Check("caches", "compiled programs", f"{named} (not tried)")]
+    folder = Path(named or cache_folder(env))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as trial:

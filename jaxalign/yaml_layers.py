@@ -36,6 +36,14 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _RESOLVERS
 
 
+_Dumper.add_representer(float, lambda dumper, value: dumper.represent_scalar(_TAG + "float", _float(value)))
+
+
+def _float(value: float) -> str:
+    text = repr(value)  # 1e-08, where PyYAML writes 1.0e-08
+    return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text)
+
+
 def scalar(text: str) -> Any:
     """The value of a plain scalar: None, bool, int, float or the text itself."""
     kind = next((name for name, pattern in _SCALARS.items() if pattern.match(text)), "str")
@@ -57,17 +65,22 @@ def inline(value: Any) -> str:
 
 @dataclass
 class Layer:
-    """Values read so far, the place where each key was written, and the mistakes of the reading."""
+    """Values read so far, the place where each key was written, and the mistakes of the reading.
+
+    `unread` are keys whose value could not be read and stands as None: it was complained about once.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
+    unread: set[Key] = field(default_factory=set)
 
     def merge(self, other: Layer) -> None:
         """Lays `other` over this one: mappings merge, everything else replaces."""
         self.values = merged(self.values, other.values)
         self.places |= other.places
         self.mistakes += other.mistakes
+        self.unread |= other.unread
 
 
 def merged(under: Any, over: Any) -> Any:
@@ -116,7 +129,7 @@ def read_override(text: str) -> Layer:
     reader = _Reader(place, numbered=False)
     layer = place_under(key, reader.read_text(raw, key), place)
     layer.places |= reader.layer.places
-    layer.mistakes = reader.layer.mistakes
+    layer.mistakes, layer.unread = reader.layer.mistakes, reader.layer.unread
     return layer
 
 
@@ -143,7 +156,8 @@ class _Reader:
             node = yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or str(error)
-            return self._mistake(self._line(getattr(error, "problem_mark", None)), (), f"not YAML: {problem}")
+            line = self._line(getattr(error, "problem_mark", None))
+            return self._unread(line, key, f"not YAML: {problem}")
         return None if node is None else self.read(node, key)
 
     def read(self, node: yaml.Node, key: Key) -> Any:
@@ -151,9 +165,9 @@ class _Reader:
         if key:
             self.layer.places.setdefault(key, line)
         if id(node) in self.open:
-            return self._mistake(line, key, "refers to itself")
+            return self._unread(line, key, "refers to itself")
         if node.tag not in _TAGS:
-            return self._mistake(line, key, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed")
+            return self._unread(line, key, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed")
         self.open.append(id(node))
         value = self._value(node, key)
         self.open.pop()
@@ -176,6 +190,10 @@ class _Reader:
             self.layer.places.setdefault(path, line)
             values[name] = self.read(value_node, path)
         return values
+
+    def _unread(self, line: str, key: Key, text: str) -> None:
+        self.layer.unread.add(key)
+        self._mistake(line, key, text)
 
     def _line(self, mark: Any) -> str:
         return f"{self.place}:{mark.line + 1}" if mark and self.numbered else self.place

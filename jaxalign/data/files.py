@@ -1,6 +1,6 @@
 """Rows out of files: JSON, JSONL, CSV and Parquet, each also gzipped. One generator per file format.
 
-A reader yields `(place, row)`; a row it cannot read is yielded as `(place, BadRow(reason))`, and the rest goes on.
+A reader yields `(place, row)`; for a row it cannot read, `(place, RowError(reason))`, and goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxalign.data.records import BadRow
+from jaxalign.data.records import RowError
 from jaxalign.errors import UserError, nearest
 
 Rows = Iterator[tuple[str, Any]]
@@ -26,7 +26,9 @@ def read_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"not a whole gzip file ({error})", place=str(path), remedy="fetch it again") from error
+        raise UserError(
+            f"not a whole gzip file ({error})", place=str(path), remedy="fetch it again"
+        ) from error
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
@@ -36,7 +38,9 @@ def lines_of(path: Path) -> Iterator[bytes]:
         with opener(path, "rb") as stream:
             yield from stream
     except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"not a whole gzip file ({error})", place=str(path), remedy="fetch it again") from error
+        raise UserError(
+            f"not a whole gzip file ({error})", place=str(path), remedy="fetch it again"
+        ) from error
 
 
 def read_jsonl(path: Path) -> Rows:
@@ -48,17 +52,17 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def parse_line(line: bytes) -> Any:
-    """The JSON value of one line, or a `BadRow` that says why there is none."""
+    """The JSON value of one line, or a `RowError` that says why there is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return BadRow("not UTF-8")
+        return RowError("not UTF-8")
     except json.JSONDecodeError as error:
-        return BadRow(f"not JSON ({error.msg})")
+        return RowError(f"not JSON ({error.msg})")
 
 
 def read_json(path: Path) -> Rows:
-    """An array of rows, an object that holds one (under a key of `LIST_KEYS`, or its only list), or JSON lines."""
+    """An array of rows, an object that holds one (one of `LIST_KEYS`, or its only list), or JSON lines."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,7 +105,7 @@ def array_rows(text: str, at: int, path: Path) -> Rows:
             at += 1
         line, counted = line + text.count("\n", counted, at), at
         if at >= len(text):
-            yield f"{path}:{line}", BadRow("the file ends before the closing ] of its array")
+            yield f"{path}:{line}", RowError("the file ends before the closing ] of its array")
             return
         if text[at] == "]":
             return
@@ -128,18 +132,18 @@ def read_csv(path: Path) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            yield place, BadRow(f"not CSV ({error})")
+            yield place, RowError(f"not CSV ({error})")
             continue
         if row:
             yield place, csv_row(header, row)
 
 
 def csv_row(header: list[str], row: list[str]) -> Any:
-    """The row as {column: text}, or a `BadRow`."""
+    """The row as {column: text}, or a `RowError`."""
     if len(row) != len(header):
-        return BadRow(f"{len(row)} fields under a header of {len(header)}")
+        return RowError(f"{len(row)} fields under a header of {len(header)}")
     if any("\udc80" <= char <= "\udcff" for value in row for char in value):
-        return BadRow("not UTF-8")
+        return RowError("not UTF-8")
     return dict(zip(header, row, strict=True))
 
 
@@ -157,7 +161,9 @@ def read_parquet(path: Path) -> Rows:
                 yield f"{path}:row {index}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"not a whole Parquet file ({reason})", place=str(path), remedy="fetch it again") from error
+        raise UserError(
+            f"not a whole Parquet file ({reason})", place=str(path), remedy="fetch it again"
+        ) from error
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -184,21 +190,29 @@ def read_file(path: Path) -> Rows:
     suffix = suffix_of(path)
     if suffix not in READERS:
         known = " ".join(READERS)
-        raise UserError(f"cannot read {suffix or 'a file without an ending'}", place=str(path), remedy=f"known: {known}")
+        raise UserError(
+            f"cannot read {suffix or 'a file without an ending'}", place=str(path), remedy=f"known: {known}"
+        )
     return READERS[suffix](path)
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file itself, or the readable files of a folder in name order. Raises `UserError` naming near files."""
+    """The file itself, or a folder's readable files in name order. Raises `UserError` naming near files."""
     if path.is_file():
         return [path]
     if not path.exists():
         folder = path.parent
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         hint = nearest(path.name, there)
-        listing = f"{folder} holds: {', '.join(there[:12]) or 'nothing'}" if folder.is_dir() else f"no folder {folder}"
+        listing = (
+            f"{folder} holds: {', '.join(there[:12]) or 'nothing'}"
+            if folder.is_dir()
+            else f"no folder {folder}"
+        )
         raise UserError(f"no such file{hint}", place=str(path), remedy=listing)
-    hidden = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    hidden = (
+        p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
+    )
     files = sorted(p for p in hidden if p.is_file() and suffix_of(p) in READERS)
     if not files:
         raise UserError("no data files in this folder", place=str(path), remedy=f"known: {' '.join(READERS)}")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxalign.data.records import (
-    BadRow,
     Message,
+    RowError,
     SFTRecord,
-    SkipRow,
+    UnwantedRowError,
     as_messages,
     as_text,
     chat_record,
@@ -33,7 +33,7 @@ class Format:
     name: str
     keys: str
     matches: Callable[[Row], bool]
-    convert: Callable[..., SFTRecord]  # (row, **fields) -> record; raises BadRow, SkipRow
+    convert: Callable[..., SFTRecord]  # (row, **fields) -> record; raises RowError, UnwantedRowError
 
 
 def structured(value: Any) -> Any:
@@ -63,7 +63,7 @@ def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def from_messages(row: Row, **fields: Any) -> SFTRecord:
     """OpenAI: `messages: [{role, content}]`. With a boolean `label`, only wanted answers are learned."""
     if row.get("label") is False:
-        raise SkipRow("label is false: an unwanted answer is not learned")
+        raise UnwantedRowError("label is false: an unwanted answer is not learned")
     return chat_record(with_system(row, as_messages(structured(row["messages"]))), **fields)
 
 
@@ -75,7 +75,7 @@ def from_sharegpt(row: Row, **fields: Any) -> SFTRecord:
 def from_completion(row: Row, **fields: Any) -> SFTRecord:
     """`prompt` and `completion` (or `response`): two strings, or two lists of messages."""
     if row.get("label") is False:
-        raise SkipRow("label is false: an unwanted answer is not learned")
+        raise UnwantedRowError("label is false: an unwanted answer is not learned")
     answer = row["completion"] if "completion" in row else row["response"]
     if is_turns(row["prompt"]):
         prompt = with_system(row, as_messages(structured(row["prompt"])))
@@ -84,13 +84,13 @@ def from_completion(row: Row, **fields: Any) -> SFTRecord:
 
 
 def from_alpaca(row: Row, **fields: Any) -> SFTRecord:
-    """Alpaca: `instruction`, `input`, `output`, and optionally `system` and `history: [[user, assistant]]`."""
+    """Alpaca: `instruction`, `input`, `output`, and perhaps `system` and `history: [[user, assistant]]`."""
     question = as_text(row["instruction"], "instruction")
     context = as_text(row.get("input"), "input")
     turns: list[Message] = []
     for pair in structured(row.get("history")) or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow("history is not a list of [instruction, answer] pairs")
+            raise RowError("history is not a list of [instruction, answer] pairs")
         turns += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
     turns.append(Message("user", f"{question}\n{context}" if context.strip() else question))
     turns.append(Message("assistant", as_text(row["output"], "output")))
@@ -134,12 +134,12 @@ def from_transcript(transcript: str, **fields: Any) -> SFTRecord:
     """A transcript in HH-RLHF form: turns begin with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
     parts = re.split(r"\n\n(Human|Assistant):", transcript)
     if len(parts) < 3 or parts[0].strip():
-        raise BadRow("chosen has no prompt and is not a Human/Assistant transcript")
+        raise RowError("chosen has no prompt and is not a Human/Assistant transcript")
     roles = {"Human": "user", "Assistant": "assistant"}
     pairs = zip(parts[1::2], parts[2::2], strict=True)
     turns = tuple(Message(roles[name], text.strip()) for name, text in pairs)
     if turns[-1].role != "assistant":
-        raise BadRow("the transcript ends on the human's turn")
+        raise RowError("the transcript ends on the human's turn")
     return chat_record(turns, prompt_turns=len(turns) - 1, **fields)
 
 
@@ -171,17 +171,17 @@ KNOWN = "; ".join(f"{f.name}: {f.keys}" for f in FORMATS)
 
 
 def recognise(row: Any) -> Format:
-    """The first format of `FORMATS` that accepts the row. Raises `BadRow` naming its columns."""
+    """The first format of `FORMATS` that accepts the row. Raises `RowError` naming its columns."""
     if not isinstance(row, dict):
-        raise BadRow("the row is not an object")
+        raise RowError("the row is not an object")
     for candidate in FORMATS:
         if candidate.matches(row):
             return candidate
-    raise BadRow(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
+    raise RowError(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
 
 
 def to_record(row: Any, *, source: str = "", place: str = "") -> tuple[SFTRecord, str]:
-    """(record, format name) of one row. Raises `BadRow` or `SkipRow`."""
+    """(record, format name) of one row. Raises `RowError` or `UnwantedRowError`."""
     found = recognise(row)
     meta = {key: row[key] for key in ("id", "meta", "margin", "score") if row.get(key) is not None}
     return found.convert(row, source=source, place=place, meta=meta), found.name

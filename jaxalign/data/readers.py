@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from jaxalign.data.files import READERS, Rows, find_files, read_file, suffix_of
 from jaxalign.data.formats import KNOWN, is_turns, structured, to_record, with_system
 from jaxalign.data.records import (
-    BadRow,
     Message,
     Prompt,
+    RowError,
     SFTRecord,
-    SkipRow,
+    UnwantedRowError,
     as_messages,
     as_text,
     check_roles,
@@ -23,7 +23,7 @@ from jaxalign.data.records import (
 )
 from jaxalign.errors import UserError
 
-PLACES_KEPT = 5  # examples of each reason that a report remembers
+PLACES_KEPT = 3  # examples of each reason that a report remembers
 
 HUB_ID = re.compile(
     r"^(?P<hf>hf:)?(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\-\[\]%+:]+?))?(@(?P<config>[\w.-]+))?$"
@@ -66,21 +66,25 @@ def tally(reasons: dict[str, tuple[int, tuple[str, ...]]], reason: str, place: s
     reasons[reason] = (count + 1, (*places, place) if len(places) < PLACES_KEPT else places)
 
 
+def hub_name(text: str) -> re.Match[str] | None:
+    """The parts of a hub data set's name, or None for a path. `hf:` in front decides; else `org/name` is one
+    unless it exists here, ends like a data file, or `org` is a folder: a mistyped path must not download."""
+    match = HUB_ID.match(text)
+    if match is None or match["hf"]:
+        return match
+    path = Path(text)
+    local = path.exists() or suffix_of(path) in READERS or path.parent.is_dir()
+    return None if local or "/" not in match["id"] else match
+
+
 def read_rows(source: str | Path) -> Rows:
     """`(place, row)` of a file, a folder, or a hub data set `org/name[:split][@config]`."""
-    text = str(source)
-    path = Path(text).expanduser()
-    hub = HUB_ID.match(text)
-    looks_hub = hub is not None and (hub["hf"] or "/" in hub["id"])
-    # A mistyped file name must not turn into a download.
-    is_file = path.exists() or suffix_of(path) in READERS or (not (hub and hub["hf"]) and path.parent.name)
-    if is_file and (path.exists() or not looks_hub or suffix_of(path) in READERS or path.parent.is_dir()):
-        for file in find_files(path):
-            yield from read_file(file)
-    elif hub is not None and looks_hub:
+    hub = hub_name(str(source))
+    if hub is not None:
         yield from read_hub(hub["id"], hub["split"], hub["config"])
-    else:
-        find_files(path)
+        return
+    for file in find_files(Path(source).expanduser()):
+        yield from read_file(file)
 
 
 def read_hub(name: str, split: str | None, config: str | None) -> Rows:
@@ -93,10 +97,14 @@ def read_hub(name: str, split: str | None, config: str | None) -> Rows:
     except Exception as error:  # the library raises many kinds: no network, no such set, gated, bad split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "give a local file, or check the name (org/name:split@config) and the network"
-        raise UserError(f"neither a file here nor a data set that could be loaded: {reason}", place=typed, remedy=remedy) from error
+        raise UserError(
+            f"neither a file here nor a data set that could be loaded: {reason}", place=typed, remedy=remedy
+        ) from error
     if isinstance(found, dict):
         if "train" not in found and len(found) > 1:
-            raise UserError("several splits and none called train", place=typed, remedy=f"one of: {', '.join(found)}")
+            raise UserError(
+                "several splits and none called train", place=typed, remedy=f"one of: {', '.join(found)}"
+            )
         found = found["train"] if "train" in found else next(iter(found.values()))
     for index, row in enumerate(found):
         yield f"{typed}:row {index}", row
@@ -106,12 +114,12 @@ def records_of(rows: Rows, source: str, report: LoadReport) -> Iterator[SFTRecor
     """Records of the rows; the report's dictionaries are filled on the way."""
     for place, row in rows:
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, RowError):
                 raise row
             record, name = to_record(row, source=source, place=place)
-        except BadRow as reason:
+        except RowError as reason:
             tally(report.rejects, str(reason), place)
-        except SkipRow as reason:
+        except UnwantedRowError as reason:
             tally(report.skipped, str(reason), place)
         else:
             report.formats[name] = report.formats.get(name, 0) + 1
@@ -145,7 +153,9 @@ def check_bad(report: LoadReport, max_bad_rows: float, place: str) -> None:
     """Raise `UserError` when too many rows are at fault or none is left."""
     remedy = "\n  ".join([*report.lines()[1:], f"rows known: {KNOWN}"])
     if report.rejected > max_bad_rows * max(report.rows, 1):
-        cause = f"{report.rejected} of {report.rows} rows cannot be used, more than max_bad_rows={max_bad_rows:g}"
+        cause = (
+            f"{report.rejected} of {report.rows} rows cannot be used, more than max_bad_rows={max_bad_rows:g}"
+        )
         raise UserError(cause, place=place, remedy=remedy)
     if not report.records:
         raise UserError("no usable row", place=place, remedy=remedy)
@@ -165,15 +175,17 @@ def unique_ids(rows: list[Row]) -> list[Row]:
 
 
 def to_prompt(row: Any, place: str) -> Prompt:
-    """One row as a prompt. Raises `BadRow`.
+    """One row as a prompt. Raises `RowError`.
 
     `messages` and `conversations` (and a `prompt` that is a list of turns) go through the chat template; if
     they end on an assistant turn, that turn is the answer to give and is cut. `instruction` is one user turn.
     `prompt` and `text` strings are continued as they stand.
     """
     if not isinstance(row, dict):
-        raise BadRow("the row is not an object")
-    turns = next((row[key] for key in ("messages", "conversations", "prompt") if is_turns(row.get(key))), None)
+        raise RowError("the row is not an object")
+    turns = next(
+        (row[key] for key in ("messages", "conversations", "prompt") if is_turns(row.get(key))), None
+    )
     messages, text = None, None
     if turns is not None:
         messages = with_system(row, as_messages(structured(turns)))
@@ -187,9 +199,9 @@ def to_prompt(row: Any, place: str) -> Prompt:
         question = as_text(row["instruction"], "instruction")
         messages = check_roles((Message("user", f"{question}\n{extra}" if extra.strip() else question),))
     else:
-        raise BadRow(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
+        raise RowError(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
     if text is not None and not text.strip():
-        raise BadRow("an empty prompt")
+        raise RowError("empty prompt")
     own = row.get("id")
     content = [[m.role, m.content] for m in messages or ()]
     name = content_id(content, text) if own is None or not str(own).strip() else str(own)
@@ -201,10 +213,10 @@ def read_prompts(source: str | Path, *, max_bad_rows: float = 0.1) -> tuple[list
     report, prompts = LoadReport(), []
     for place, row in read_rows(source):
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, RowError):
                 raise row
             prompts.append(to_prompt(row, place))
-        except BadRow as reason:
+        except RowError as reason:
             tally(report.rejects, str(reason), place)
     report.formats["prompts"] = len(prompts)
     report = replace(report, rows=len(prompts) + report.rejected, records=len(prompts))

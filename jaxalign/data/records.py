@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,11 +23,11 @@ ROLE_NAMES = {
 }
 
 
-class BadRow(ValueError):
+class RowError(ValueError):
     """Why one row cannot become a record. The message is the reason that reports count by."""
 
 
-class SkipRow(ValueError):
+class UnwantedRowError(ValueError):
     """Why one sound row is not meant for this use, such as an answer labelled as unwanted."""
 
 
@@ -92,57 +93,57 @@ def content_id(*parts: Any) -> str:
 
 
 def as_message(raw: Any) -> Message:
-    """One turn in OpenAI form (`role`, `content`) or ShareGPT form (`from`, `value`). Raises `BadRow`."""
+    """One turn in OpenAI form (`role`, `content`) or ShareGPT form (`from`, `value`). Raises `RowError`."""
     if not isinstance(raw, dict):
-        raise BadRow("a message is not an object")
+        raise RowError("a message is not an object")
     name = raw.get("role", raw.get("from"))
     role = ROLE_NAMES.get(str(name).strip().lower())
     if role is None:
-        raise BadRow(f"unknown role {name!r}")
+        raise RowError(f"unknown role {name!r}")
     if raw.get("tool_calls"):
-        raise BadRow("tool calls are not supported")
+        raise RowError("tool calls are not supported")
     return Message(role, as_text(raw.get("content", raw.get("value")), f"{role} message"))
 
 
 def as_text(raw: Any, what: str) -> str:
-    """A string, or a list of OpenAI text parts joined. Raises `BadRow` for anything else."""
+    """A string, or a list of OpenAI text parts joined. Raises `RowError` for anything else."""
     if isinstance(raw, str):
         return raw
     if raw is None:
         return ""
     if isinstance(raw, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in raw):
         return "".join(str(part.get("text") or "") for part in raw)
-    raise BadRow(f"{what} is not text")
+    raise RowError(f"{what} is not text")
 
 
 def as_messages(raw: Any) -> tuple[Message, ...]:
-    """A list of turns, or one turn. Raises `BadRow`."""
+    """A list of turns, or one turn. Raises `RowError`."""
     turns = [raw] if isinstance(raw, dict) else raw
     if not isinstance(turns, list) or not turns:
-        raise BadRow("no messages")
+        raise RowError("no messages")
     return tuple(as_message(turn) for turn in turns)
 
 
 def check_roles(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages without empty system turns, or `BadRow` with the role-order fault.
+    """The messages without empty system turns, or `RowError` with the role-order fault.
 
     Order: system turns first, then user and assistant in turn; tool turns lie between two assistant turns.
     """
     messages = tuple(m for m in messages if m.role != "system" or m.content.strip())
     talk = [m for m in messages if m.role != "system"]
     if not any(m.role == "user" for m in talk):
-        raise BadRow("no user turn")
+        raise RowError("no user turn")
     if any(m.role == "system" for m in messages[len(messages) - len(talk) :]):
-        raise BadRow("a system turn after the start")
+        raise RowError("turn order: system after the start")
     if talk[0].role != "user":
-        raise BadRow(f"the first turn is the {talk[0].role}'s")
+        raise RowError(f"turn order: {talk[0].role} first")
     before = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-    for previous, turn in zip(talk, talk[1:], strict=False):
+    for previous, turn in pairwise(talk):
         if previous.role not in before[turn.role]:
-            raise BadRow(f"a {turn.role} turn after a {previous.role} turn")
+            raise RowError(f"turn order: {turn.role} after {previous.role}")
     for turn in talk:
         if not turn.content.strip():
-            raise BadRow(f"an empty {turn.role} turn")
+            raise RowError(f"empty {turn.role} turn")
     return messages
 
 
@@ -150,7 +151,7 @@ def chat_record(messages: tuple[Message, ...], *, prompt_turns: int = 0, **field
     """A checked chat record. Turns after the last assistant turn teach nothing and are cut."""
     last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     if last < prompt_turns:
-        raise BadRow("no assistant turn" if last < 0 else "no assistant turn in the answer")
+        raise RowError("no assistant turn" if last < 0 else "no assistant turn in the answer")
     system = sum(1 for m in messages[:prompt_turns] if m.role == "system" and not m.content.strip())
     checked = check_roles(messages[: last + 1])
     return finish(SFTRecord("", messages=checked, prompt_turns=prompt_turns - system, **fields))
@@ -159,14 +160,14 @@ def chat_record(messages: tuple[Message, ...], *, prompt_turns: int = 0, **field
 def completion_record(prompt: str, completion: str, **fields: Any) -> SFTRecord:
     """A checked plain prompt/completion record. An empty prompt is allowed, an empty completion is not."""
     if not completion.strip():
-        raise BadRow("an empty completion")
+        raise RowError("empty completion")
     return finish(SFTRecord("", prompt=prompt, completion=completion, **fields))
 
 
 def text_record(text: str, **fields: Any) -> SFTRecord:
     """A checked plain text record."""
     if not text.strip():
-        raise BadRow("empty text")
+        raise RowError("empty text")
     return finish(SFTRecord("", text=text, **fields))
 
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
 
 from jaxalign.config import Config
-from jaxalign.models.layers import matmul
+from jaxalign.models.layers import PRODUCT, matmul
 from jaxalign.types import Params
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -20,11 +21,11 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 class LoraConfig(Config):
     """Low-rank adaptation (arXiv:2106.09685, eq. 3): y = x W + s (x A) B with s = alpha / rank."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """columns of A and rows of B"""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """numerator of the scale"""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """share of the adapter's input that is dropped while training"""
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = TARGETS
     """linear layers that get an adapter"""
@@ -69,5 +70,5 @@ class LoRA(nnx.Module):
         if key is not None and self.dropout:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = matmul(dropped, self.a[...], dtype) * self.scale
+        low = checkpoint_name(matmul(dropped, self.a[...], dtype) * self.scale, PRODUCT)
         return matmul(x, kernel, dtype) + matmul(low, self.b[...], dtype)

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.base import Numerics
-from jaxalign.models.layers import matmul
+from jaxalign.models.layers import PRODUCT, matmul
 
 # Large enough to vanish in a softmax, small enough that a row with nothing to attend to stays finite.
 _MASKED = -1e30
@@ -86,7 +87,7 @@ def attend_xla(
 ) -> jax.Array:
     """Batched products: the form for accelerators and for sharded arrays, and the oracle of every other."""
     out = _core(_grouped(q, k.shape[1]), k, v, allowed[:, None], scale, softcap, numerics)
-    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    return checkpoint_name(out.transpose(0, 2, 1, 3, 4).reshape(q.shape), PRODUCT)
 
 
 def attend_loop(
@@ -111,7 +112,7 @@ def attend_loop(
 
     out = jax.lax.map(one, (flat(_grouped(q, heads)), flat(k), flat(v), row))
     out = out.reshape(n, heads, *out.shape[1:])
-    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    return checkpoint_name(out.transpose(0, 2, 1, 3, 4).reshape(q.shape), PRODUCT)
 
 
 ATTENTION: dict[str, Attend] = {"xla": attend_xla, "loop": attend_loop}

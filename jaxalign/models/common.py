@@ -96,7 +96,7 @@ def read_names(config: DecoderConfig) -> list[NameRule]:
     if config.qk_norm:
         rules += norm_names({"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"})
     if not config.tied:
-        rules.append(NameRule(("head", "kernel"), "lm_head.weight", transpose=True))
+        rules.append(NameRule(("head", "embedding"), "lm_head.weight"))
     return rules
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.attention import ATTENTION, Attend, cached, causal
 from jaxalign.models.base import DecoderConfig, Functional, Numerics, merge_trees, stack_axes
-from jaxalign.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, matmul
+from jaxalign.models.layers import ACTIVATIONS, PRODUCT, Embedding, Linear, RMSNorm
 from jaxalign.models.rope import rotate
 from jaxalign.types import Params
 
@@ -139,13 +139,14 @@ class Ends(nnx.Module):
         c = config
         self.embed = Embedding(c.vocab_size, c.hidden_size, rngs)
         self.final_norm = RMSNorm(c.hidden_size, c.norm_eps, c.norm_offset)
-        shape, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
-        self.head = None if c.tied else Linear("head", shape, axes, rngs, bias=False, adapter=None)
+        self.head = None if c.tied else Embedding(c.vocab_size, c.hidden_size, rngs)
 
 
+# What a layer keeps for its gradient: everything, the results of its products, or only its input. On a CPU
+# `dots` is also the fastest: fresh memory costs more there than elementwise arithmetic.
 REMAT = {
     "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
     "full": jax.checkpoint,
 }
 
@@ -199,7 +200,8 @@ class Model:
 
     def init_adapter(self, key: jax.Array) -> Params:
         """The adapter's start, float32."""
-        keys = jax.random.split(jax.random.fold_in(key, 1), self.config.num_layers)
+        # 0 and 1 are what `init` splits the key into: with them the adapter would repeat the kernels' numbers.
+        keys = jax.random.split(jax.random.fold_in(key, 2), self.config.num_layers)
         return only_adapters({"layers": jax.vmap(lambda k: only_adapters(self._adapted.init(k)))(keys)})
 
     def hidden(
@@ -217,43 +219,34 @@ class Model:
         With a cache the positions of a row are consecutive and say which slots are written. `key` switches
         training noise (adapter dropout, NEFTune) on.
         """
-        x, kv = self._forward(adapter, base, tokens, segments, positions, cache, key)
-        return x, None if cache is None else kv
-
-    def keys_values(self, base: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> KV:
-        """Keys and values of every layer, [L, N, K, T, h] each: what a cache is filled with."""
-        return self._forward(None, base, tokens, segments, positions, None, None, collect=True)[1]
-
-    def _forward(
-        self,
-        adapter: Params | None,
-        base: Params,
-        tokens: jax.Array,
-        segments: jax.Array,
-        positions: jax.Array,
-        cache: list[KV] | None,
-        key: jax.Array | None,
-        collect: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        ends = self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
-        x = ends.embed(tokens, self.numerics) * self.config.embed_scale
+        x, shared = self.begin(base, tokens, segments, positions, None if cache is None else cache[0][0].shape[2])
         if key is not None and self.neftune_alpha:
             x = x + self._neftune(jax.random.fold_in(key, 0), x, segments)
-        x = self.constrain(x, "batch", None, None)
-        layers = base["layers"]
-        if adapter:
-            layers = _adapt(layers, adapter["layers"])
-        block = (self._adapted if adapter else self._block).bind()
-        attend = ATTENTION[self.attention]
-        start = None if cache is None else positions[:, 0]
-        context = Context(self.numerics, attend, self.constrain, start)
-        size = None if cache is None else cache[0][0].shape[2]
-        shared = self._shared(segments, positions, size)
+        layers = _adapt(base["layers"], adapter["layers"]) if adapter else base["layers"]
+        block = self._adapted if adapter else self._block
         if cache is not None or isinstance(layers, list):
-            x, kv = self._unrolled(block, layers, x, shared, context, cache, key)
+            x, cache = self._unrolled(block, layers, x, shared, positions, cache, key)
         else:
-            x, kv = self._scanned(block, layers, x, shared, context, key, collect)
-        return ends.final_norm(x), kv
+            x = self._scanned(block, layers, x, shared, key)
+        return self._bound_ends(base).final_norm(x), cache
+
+    def begin(
+        self, base: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array, size: int | None = None
+    ) -> tuple[jax.Array, list[Any]]:
+        """What stands before the layers: x [N, T, D], and (angles, allowed) of each kind of attention layer.
+        `size` is the number of cache slots, where there is a cache."""
+        x = self._bound_ends(base).embed(tokens, self.numerics) * self.config.embed_scale
+        return self.constrain(x, "batch", None, None), self._shared(segments, positions, size)
+
+    def layer(self, params: Params, x: jax.Array, angles: Any, allowed: jax.Array) -> tuple[jax.Array, KV]:
+        """One layer without adapter or cache, from its own (not stacked) weights: x, and its keys and values."""
+        return self._block.bind()(params)(x, angles, allowed, self._context(None))
+
+    def _bound_ends(self, base: Params) -> Any:
+        return self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
+
+    def _context(self, start: jax.Array | None) -> Context:
+        return Context(self.numerics, ATTENTION[self.attention], self.constrain, start)
 
     def _shared(self, segments: jax.Array, positions: jax.Array, size: int | None) -> list[Any]:
         """(angles, allowed) of each kind of attention layer."""
@@ -266,47 +259,37 @@ class Model:
 
         return [kind(rope, window) for rope, window in self.config.kinds]
 
-    def _scanned(
-        self,
-        block: Any,
-        layers: Params,
-        x: jax.Array,
-        shared: list[Any],
-        context: Context,
-        key: Any,
-        collect: bool,
-    ) -> tuple[jax.Array, KV | None]:
-        c = self.config
+    def _scanned(self, block: Functional, layers: Params, x: jax.Array, shared: list[Any], key: Any) -> jax.Array:
+        c, context, bound = self.config, self._context(None), block.bind()
         tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared) if len(shared) > 1 else None
 
-        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, KV | None]:
+        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             params, kind, index = layer
             angles, allowed = jax.tree.map(lambda t: t[kind], tables) if tables else shared[0]
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-            x, kv = block(params)(x, angles, allowed, context, None, layer_key)
-            return x, kv if collect else None
+            return bound(params)(x, angles, allowed, context, None, layer_key)[0], None
 
         per_layer = (layers, jnp.array(c.layer_kinds), jnp.arange(c.num_layers))
-        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)
+        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)[0]
 
     def _unrolled(
         self,
-        block: Any,
+        block: Functional,
         layers: Params | list[Params],
         x: jax.Array,
         shared: list[Any],
-        context: Context,
+        positions: jax.Array,
         cache: list[KV] | None,
         key: Any,
-    ) -> tuple[jax.Array, list[KV]]:
-        out: list[KV] = []
+    ) -> tuple[jax.Array, list[KV] | None]:
+        context, bound, out = self._context(positions[:, 0]), block.bind(), []
         for i, params in enumerate(unstack(layers)):
             angles, allowed = shared[self.config.layer_kinds[i]]
             layer_key = None if key is None else jax.random.fold_in(key, i + 1)
             kv = None if cache is None else cache[i]
-            x, kv = block(params)(x, angles, allowed, context, kv, layer_key)
+            x, kv = bound(params)(x, angles, allowed, context, kv, layer_key)
             out.append(kv)
-        return x, out
+        return x, None if cache is None else out
 
     def _neftune(self, key: jax.Array, x: jax.Array, segments: jax.Array) -> jax.Array:
         """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) alpha / sqrt(L D), L the length of the example."""
@@ -316,12 +299,14 @@ class Model:
         return (jax.random.uniform(key, x.shape, minval=-1, maxval=1) * scale).astype(x.dtype)
 
     def unembed(self, base: Params) -> jax.Array:
-        """The output matrix [D, V]: the head's kernel, or the embedding transposed where they are tied."""
-        return base["embed"]["embedding"].T if self.config.tied else base["head"]["kernel"]
+        """The output matrix [V, D]: the head's, or the embedding where they are tied."""
+        return base["embed" if self.config.tied else "head"]["embedding"]
 
     def logits(self, base: Params, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of final hidden states [..., D]: for a few rows, as when decoding."""
-        z = matmul(hidden, self.unembed(base), self.numerics.compute)
+        dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+        operands = (x.astype(self.numerics.compute) for x in (hidden, self.unembed(base)))
+        z = jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
         cap = self.config.final_softcap
         return cap * jnp.tanh(z / cap) if cap else z
 

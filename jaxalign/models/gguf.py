@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.errors import UserError
-from jaxalign.models.gguf_file import GGUFFile, full, open_gguf
+from jaxalign.models.gguf_file import GGUFFile, open_gguf
 from jaxalign.models.store import Index
 
 Meta = Callable[..., Any]
@@ -106,8 +106,9 @@ def load_gguf(path: Path) -> tuple[dict[str, Any], GGUFStore]:
     """
     file = open_gguf(path)
     name = file.metadata.get("general.architecture", "")
-    if name not in ARCHITECTURES or file.metadata.get("split.count", 1) > 1:
-        what = f"architecture {name!r}" if name not in ARCHITECTURES else "a model split into several GGUF files"
+    split = file.metadata.get("split.count", 1) > 1
+    if name not in ARCHITECTURES or split:
+        what = "a model split into several GGUF files" if split else f"architecture {name!r}"
         raise UserError(
             f"{what} is not supported",
             place=str(path),
@@ -152,22 +153,25 @@ def _reader(file: GGUFFile, arch: str) -> Meta:
 
 def _common(file: GGUFFile, meta: Meta, model_type: str, architecture: str, rope: Any) -> dict[str, Any]:
     """The part of config.json that every architecture shares. `rope` is its `rope_parameters`."""
-    if meta("expert_count", 0):
-        raise UserError("mixture-of-experts models are not supported", place=str(file.path))
     heads, width = meta("attention.head_count"), meta("embedding_length")
+    varying = any(isinstance(meta(k, 0), tuple) for k in ("attention.head_count_kv", "feed_forward_length"))
+    if meta("expert_count", 0) or varying:
+        what = "layers of different sizes" if varying else "a mixture of experts"
+        raise UserError(f"{what}: not supported", place=str(file.path), remedy="choose a dense model")
+    embedding = file.tensors.get("token_embd.weight")
     token = lambda key: file.metadata.get(f"tokenizer.ggml.{key}_token_id")  # noqa: E731
     # An instruction model's turn may end with a token of its own beside the end of text.
     stops = [t for t in dict.fromkeys(map(token, ("eos", "eot", "eom"))) if t is not None]
     return {
         "architectures": [architecture],
         "model_type": model_type,
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
+        "vocab_size": embedding.shape[0] if embedding else 0,  # the loader names the missing tensor
         "hidden_size": width,
         "intermediate_size": meta("feed_forward_length"),
         "num_hidden_layers": meta("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": meta("attention.head_count_kv", heads),
-        "head_dim": meta("attention.key_length", None) or meta("rope.dimension_count", None) or width // heads,
+        "head_dim": meta("attention.key_length", meta("rope.dimension_count", width // heads)),
         "rms_norm_eps": meta("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": meta("context_length"),
         "rope_parameters": rope,
@@ -179,12 +183,16 @@ def _common(file: GGUFFile, meta: Meta, model_type: str, architecture: str, rope
 
 
 def _rope(file: GGUFFile, meta: Meta) -> dict[str, Any]:
-    """transformers' `rope_parameters` of the (global) attention layers."""
+    """The `rope_parameters` of the (global) attention layers."""
     out: dict[str, Any] = {"rope_type": "default", "rope_theta": meta("rope.freq_base", 10000.0)}
     kind = meta("rope.scaling.type", "linear" if meta("rope.scale_linear", 0) else "none")
     factor = meta("rope.scaling.factor", meta("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn") or meta("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise UserError(f"rope scaling {kind!r} is not supported", place=str(file.path))
+        raise UserError(
+            f"rope scaling {kind!r} (attn_factor {meta('rope.scaling.attn_factor', 1.0)}) is not supported",
+            place=str(file.path),
+            remedy="supported: none, linear, yarn, and Llama 3's table of factors",
+        )
     if "rope_freqs.weight" in file.tensors:
         return out | _llama3(file, out["rope_theta"], meta("context_length"))
     if kind == "linear":
@@ -212,7 +220,11 @@ def _llama3(file: GGUFFile, theta: float, context: int) -> dict[str, Any]:
     for original in (8192, round(context / factor), *(2**n for n in range(6, 20))):
         smooth = np.clip((original / waves - 1) / 3, 0, 1)
         if np.allclose(1 / ((1 - smooth) / factor + smooth), table, rtol=1e-4):
-            out = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original}
+            out = {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
             return {"rope_type": "llama3", "factor": factor} | out
     raise UserError(
         "the rope frequency factors are not those of a known scaling",

@@ -20,10 +20,11 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 
 from jaxalign.errors import UserError
-from jaxalign.models.store import BROKEN, Index
+from jaxalign.models.store import BROKEN
 
-_STRING, _ARRAY = 8, 9
+_FLOAT, _STRING, _ARRAY = 6, 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
 _PLAIN: dict[gguf.GGMLQuantizationType, Any] = {
     gguf.GGMLQuantizationType.F32: np.float32,
     gguf.GGMLQuantizationType.F16: np.float16,
@@ -52,7 +53,7 @@ class GGUFFile:
     data: np.ndarray
 
     def rows(self, name: str, rows: slice | np.ndarray, columns: slice) -> np.ndarray:
-        """Rows (a slice or an array of row numbers) and columns of a matrix, dequantised; columns of a vector.
+        """Rows (a slice, or row numbers) and columns of a matrix, dequantised; a vector is one row.
 
         Only the blocks that hold them are unpacked. Raises `UserError` for a type that cannot be unpacked.
         """
@@ -76,33 +77,32 @@ class GGUFFile:
         return values[:, first - low * block : last - low * block]
 
 
-def full(shape: tuple[int, ...]) -> Index:
-    """The index that takes all of an array."""
-    return tuple(slice(0, n) for n in shape)
-
-
 class _Cursor:
     """Reads the header's little-endian values one after another; raises `EOFError` at the end of the file."""
 
     def __init__(self, data: np.ndarray) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at = data.data, 0
 
     def take(self, code: str, count: int = 1) -> tuple[Any, ...]:
         pattern = f"<{count}{code}"
         return struct.unpack(pattern, self.raw(struct.calcsize(pattern)))
 
-    def raw(self, size: int) -> bytes:
-        if self.at + size > len(self.data):
+    def raw(self, size: int) -> memoryview:
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.data):
             raise EOFError
-        self.at += size
-        return self.data[self.at - size : self.at].tobytes()
+        return self.data[start : self.at]
 
     def string(self) -> str:
-        return self.raw(self.take("Q")[0]).decode("utf-8", errors="replace")
+        (length,) = _LENGTH.unpack(self.raw(8))  # a vocabulary is a hundred thousand of these
+        return str(self.raw(length), "utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
+        if kind == _FLOAT:
+            # The shortest decimal: the metadata says 1e-05, not 9.99999974737875e-06.
+            return float(str(np.float32(self.take("f")[0])))
         if kind != _ARRAY:
             return self.take(_SCALARS[kind])[0]
         inner, count = self.take("I")[0], self.take("Q")[0]
@@ -118,7 +118,7 @@ def open_gguf(path: Path) -> GGUFFile:
     data = np.memmap(path, np.uint8, mode="r")
     cursor = _Cursor(data)
     try:
-        magic, version = cursor.raw(4), cursor.take("I")[0]
+        magic, version = bytes(cursor.raw(4)), cursor.take("I")[0]
         if magic != b"GGUF" or version not in (2, 3):
             raise UserError(
                 f"is not a GGUF file of version 2 or 3 (magic {magic!r}, version {version})",
@@ -148,10 +148,14 @@ def _place(path: Path, name: str, info: list[Any], base: int, size: int) -> GGUF
     block, width = GGML_QUANT_SIZES[kind]
     start = base + offset
     stop = start + int(np.prod(shape, dtype=np.int64)) // block * width
-    if stop > size:
+    whole = bool(shape) and shape[-1] % block == 0
+    if stop > size or not whole:
+        what = (
+            f"ends at byte {stop}, the file has {size}"
+            if whole
+            else f"has rows of no whole {kind.name} block"
+        )
         raise UserError(
-            f"truncated: tensor {name!r} ends at byte {stop}, the file has {size}",
-            place=str(path),
-            remedy=BROKEN,
+            f"{'truncated' if whole else 'damaged'}: tensor {name!r} {what}", place=str(path), remedy=BROKEN
         )
     return GGUFTensor(shape, kind, start, stop)

@@ -8,8 +8,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.base import Numerics
+
+# Names the results of matrix products, which rematerialisation may keep while it computes the rest again.
+PRODUCT = "product"
 
 
 def _dot(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -> jax.Array:
@@ -83,6 +87,7 @@ class Linear(nnx.Module):
             y = matmul(x, self.kernel[...], numerics.compute)
         else:
             y = self.adapter(x, self.kernel[...], numerics.compute, key)
+        y = checkpoint_name(y, PRODUCT)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(numerics.activation)
@@ -103,7 +108,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D]."""
+    """One vector for each token [V, D]: the embedding, and the head where it has its own."""
 
     def __init__(self, vocab: int, size: int, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(0.02)

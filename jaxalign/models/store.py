@@ -18,20 +18,13 @@ Index = tuple[slice, ...]
 
 BROKEN = "the file is incomplete or damaged: download or copy it again"
 
-# Dtype names of the safetensors format that hold weights. Packed formats (F4, F6) need a dequantiser.
+# The dtypes of the safetensors format that hold weights as they are. Others (F8, I8) are quantised weights,
+# which mean nothing without their scales.
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
 }
 
 
@@ -68,8 +61,36 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class RenamedStore:
+    """Another store's tensors under new names. `old` maps a new name to the stored one."""
+
+    store: TensorStore
+    old: Mapping[str, str]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The new name of every tensor."""
+        return self.old.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor; raises `KeyError` for an unknown name."""
+        return self.store.shape(self.old[name])
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """One slice of a tensor."""
+        return self.store.read(self.old[name], index)
+
+    def place(self, name: str) -> str:
+        """The file that holds (or should hold) a tensor, for messages."""
+        return self.store.place(self.old.get(name, name))
+
+
+@dataclass(frozen=True)
 class SafetensorsStore:
-    """The tensors of one or many safetensors files, memory-mapped. `metadata` is the first file's."""
+    """The tensors of one or many safetensors files, memory-mapped. `metadata` is the first file's.
+
+    The library's own reader copies every slice and does not say which tensor of a truncated file is cut off.
+    """
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -117,7 +138,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         single = folder / "model.safetensors"
-        others = (f for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter_", "consolidated")))
+        others = (
+            f for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter_", "consolidated"))
+        )
         return [single] if single.exists() else sorted(others)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

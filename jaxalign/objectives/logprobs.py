@@ -23,12 +23,13 @@ Parts = dict[str, jax.Array]  # float32 [N, M] each
 class Head:
     """How hidden states become logits.
 
-    chunk    tokens a row that are multiplied with the head at once
+    chunk    tokens a device that are multiplied with the head at once
     softcap  logits are cap * tanh(logits / cap), or None
     dtype    operand dtype of the product, which accumulates in float32
     trained  whether the head gets a gradient; a frozen one needs one pass less
     smooth   whether the mean logit is wanted
     compact  gather the rows that predict a target first; off where rows lie on several devices
+    spread   over how many devices the rows lie
     """
 
     chunk: int = 512
@@ -37,12 +38,13 @@ class Head:
     trained: bool = False
     smooth: bool = False
     compact: bool = True
+    spread: int = 1
 
 
 def token_scores(
     hidden: jax.Array, kernel: jax.Array, batch: Batch, head: Head, constrain: Callable[..., jax.Array]
 ) -> Scores:
-    """Scores [B, G, T] of `batch` from final hidden states [B*G, T, D] and the head's kernel [D, V]."""
+    """Scores [B, G, T] of `batch` from final hidden states [B*G, T, D] and the head [V, D]."""
     shape = batch.tokens.shape
     tokens, segments, mask = (
         x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segments, batch.mask)
@@ -51,7 +53,7 @@ def token_scores(
     following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
     valid = following(mask) & (following(segments) == segments) & (segments != 0)
     # One gather of a sharded head for all chunks, not one in each.
-    kernel = constrain(kernel, None, "vocab")
+    kernel = constrain(kernel, "vocab", None)
     path = _recomputed if head.trained or head.smooth else _frozen
     parts = _chunked(partial(path, head), hidden, kernel, following(tokens), valid, head)
     back = lambda x: jnp.roll(x, 1, axis=1).reshape(shape)  # noqa: E731
@@ -73,7 +75,7 @@ def _chunked(
     """Apply `path` to rows cut into chunks [C, N, c], the rows that predict something first."""
     n, t = targets.shape
     if not head.compact:
-        return _cut(path, x, kernel, targets, valid, head.chunk)
+        return _cut(path, x, kernel, targets, valid, max(1, head.chunk * head.spread // n))
     order = jnp.argsort(~valid.reshape(-1), stable=True)
     pick = lambda a: a.reshape(1, n * t, *a.shape[2:])[:, order]  # noqa: E731
     parts = _cut(path, pick(x), kernel, pick(targets), pick(valid), head.chunk)
@@ -97,7 +99,9 @@ def _cut(
 
 
 def _logits(x: jax.Array, kernel: jax.Array, head: Head) -> jax.Array:
-    z = jnp.dot(x.astype(head.dtype), kernel.astype(head.dtype), preferred_element_type=jnp.float32)
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    operands = x.astype(head.dtype), kernel.astype(head.dtype)
+    z = jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
     return head.softcap * jnp.tanh(z / head.softcap) if head.softcap else z
 
 
@@ -133,7 +137,7 @@ def _frozen(head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array, val
     """Chunks under a head without gradient.
 
     The label's logit and the logsumexp of a token are scalars of one hidden state h only, so their gradients
-    in h are two vectors that the forward pass can produce from the same logits: W[y] and softmax(z) W^T.
+    in h are two vectors that the forward pass can produce from the same logits: W[y] and softmax(z) W.
     The backward pass scales and adds them: one product with the head where recomputing takes two.
     """
     return _frozen_loop(head, x, kernel, targets, valid, gradient=False)[0]
@@ -160,15 +164,20 @@ def _frozen_loop(
 def _slopes(
     head: Head, z: jax.Array, e: jax.Array, total: jax.Array, kernel: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """d label / d hidden and d logsumexp / d hidden, [N, c, D] each."""
-    label = kernel.T[targets].astype(jnp.float32)
+    """d logp / d hidden and d logsumexp / d hidden, [N, c, D] each.
+
+    Not d label / d hidden: rounded apart, it and the other would not cancel where a token is nearly certain.
+    """
+    v = kernel.astype(head.dtype)
+    label = v[targets].astype(jnp.float32)
     if head.softcap:
         bend = 1 - jnp.square(z / head.softcap)
         e = e * bend
         label = label * jnp.take_along_axis(bend, targets[..., None], axis=-1)
-    rows, v = e.reshape(-1, e.shape[-1]).astype(head.dtype), kernel.astype(head.dtype)
-    lse = jax.lax.dot_general(rows, v, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return label, lse.reshape(*e.shape[:-1], -1) / total[..., None]
+    rows = e.reshape(-1, e.shape[-1]).astype(head.dtype)
+    lse = jax.lax.dot_general(rows, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    lse = lse.reshape(*e.shape[:-1], -1) / total[..., None]
+    return label - lse, lse
 
 
 def _frozen_forward(head: Head, *args: jax.Array) -> tuple[Parts, Any]:
@@ -177,9 +186,10 @@ def _frozen_forward(head: Head, *args: jax.Array) -> tuple[Parts, Any]:
 
 
 def _frozen_backward(head: Head, slopes: Any, g: Parts) -> tuple[Any, ...]:
-    label, lse = slopes
-    dx = g["label"][..., None] * label + g["lse"][..., None] * lse
-    return dx.astype(label.dtype), None, None, None
+    logp, lse = slopes
+    # label = logp + lse, so the second factor is exactly 0 for a loss of log-probs alone.
+    dx = g["label"][..., None] * logp + (g["label"] + g["lse"])[..., None] * lse
+    return dx.astype(logp.dtype), None, None, None
 
 
 _frozen.defvjp(_frozen_forward, _frozen_backward)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.errors import UserError
-from jaxalign.models.decoder import Model
+from jaxalign.models.decoder import Model, unstack
 from jaxalign.sampling import slots as device
 from jaxalign.sampling.samplers import Features, Settings
 from jaxalign.types import Params, SamplingParams
@@ -82,7 +82,9 @@ class Engine:
         max_length: int | None = None,
         steps: int = 32,
     ) -> None:
-        self.model, self.base, self.text, self.stop_tokens = model, base, decode, stop_tokens
+        # Per-layer weights: slices of stacked ones would be copied for every token.
+        self.base = base | {"layers": unstack(base["layers"])}
+        self.model, self.text, self.stop_tokens = model, decode, stop_tokens
         self.slots, self.steps = bucket(slots), steps
         self.max_length = max_length or model.config.max_positions
 

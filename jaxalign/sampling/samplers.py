@@ -88,13 +88,20 @@ def sample(
 def _choose(
     z: jax.Array, settings: Settings, token_index: jax.Array, features: Features
 ) -> tuple[jax.Array, jax.Array]:
-    greedy = jnp.argmax(z, axis=-1).astype(jnp.int32)
+    greedy = _argmax(z)
     if not features.draws:
         return greedy, jnp.zeros(z.shape[:1], jnp.float32)
     hot = settings.temperature > 0
     z = z / jnp.where(hot, settings.temperature, 1.0)[:, None]
     drawn, logp = draw(keep(z, settings) if features.filters else z, settings, token_index)
     return jnp.where(hot, drawn, greedy), jnp.where(hot, logp, 0.0)
+
+
+def _argmax(z: jax.Array) -> jax.Array:
+    """The first index of the maximum, int32 [N], by two plain reductions: on a CPU several times faster than
+    `jnp.argmax`, which reduces pairs."""
+    index = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+    return jnp.where(z == z.max(axis=-1, keepdims=True), index, z.shape[-1] - 1).min(axis=-1)
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

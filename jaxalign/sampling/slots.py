@@ -60,24 +60,41 @@ class Emitted:
     count: Any
 
 
+_layer = jax.jit(Model.layer, static_argnums=0)
+
+
 @partial(jax.jit, static_argnums=0)
-def prefill(model: Model, base: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
-    """Keys and values [L, P, K, T, h] of P right-padded prompts, tokens int32 [P, T]."""
+def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    return model.keys_values(base, tokens, segments, positions)
+    return model.begin(ends, tokens, segments, positions)
+
+
+def prefill(model: Model, base: Params, tokens: jax.Array, lengths: jax.Array) -> list[KV]:
+    """Keys and values of P right-padded prompts, tokens int32 [P, T], layer by layer [P, K, T, h].
+
+    The host walks the layers, which share one compiled program, so that its size does not grow with depth.
+    """
+    ends = {name: part for name, part in base.items() if name != "layers"}
+    x, shared = _begin(model, ends, tokens, lengths)
+    out = []
+    for kind, params in zip(model.config.layer_kinds, base["layers"], strict=True):
+        x, kv = _layer(model, params, x, *shared[kind])
+        out.append(kv)
+    return out
 
 
 @partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, kv: KV, prompt: jax.Array, where: jax.Array, rows: Slots) -> Slots:
+def insert(slots: Slots, kv: list[KV], prompt: jax.Array, where: jax.Array, rows: Slots) -> Slots:
     """Put M new rows into the slots `where` [M] (N and beyond: nowhere). `rows` holds everything but the
     cache, which comes from prompt `prompt[m]` of `kv`."""
-    t = kv[0].shape[3]
-    put = lambda cache, new: cache.at[where, :, :t].set(new[prompt].astype(cache.dtype), mode="drop")  # noqa: E731
-    cache = [(put(k, kv[0][i]), put(v, kv[1][i])) for i, (k, v) in enumerate(slots.cache)]
+
+    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+        return cache.at[where, :, : new.shape[2]].set(new[prompt].astype(cache.dtype), mode="drop")
+
     set_rows = lambda old, new: old.at[where].set(new, mode="drop")  # noqa: E731
     rest = jax.tree.map(set_rows, replace(slots, cache=[]), rows)
-    return replace(rest, cache=cache)
+    return replace(rest, cache=jax.tree.map(put, slots.cache, kv))
 
 
 @partial(jax.jit, static_argnums=2)

@@ -1,9 +1,11 @@
-"""Checkpoints: what trains, the optimiser, the step and the key; never the frozen base. The only user of orbax."""
+"""Checkpoints: what trains, optimiser, step and key; never the frozen base. The only user of orbax."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Restored:
-    """One checkpoint read back: `parts` as they were asked for, and the `progress` that was saved with them."""
+    """One checkpoint read back: `parts` as they were asked for, and the `progress` saved with them."""
 
     step: int
     parts: dict[str, Any]
@@ -36,12 +38,14 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, in `folder`/<step>, written in the background and complete or absent.
 
-    `identity` says what the run is made of (base hash, data, configuration): nested strings and numbers. A
-    checkpoint of another identity is refused. `keep` newest checkpoints stay; `say` takes one-line warnings.
+    `identity` says what the run is made of (base hash, data): nested strings and numbers. A checkpoint of
+    another identity is refused. `about` is kept beside it for the reader (versions, configuration digest).
+    The `keep` newest checkpoints stay; `say` takes one-line warnings.
     """
 
     folder: Path
     identity: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
     keep: int = 2
     say: Say = print
     _pending: tuple[int, Any] | None = field(default=None, init=False)
@@ -54,10 +58,13 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         distributed.wait_for_all("checkpoints opened")
 
+    def _path(self, step: int) -> str:
+        return str((self.folder / str(step)).absolute())
+
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in ascending order."""
         found = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
-        return sorted(s for s in found if ocp.is_orbax_checkpoint(str(self.folder / str(s))))
+        return sorted(s for s in found if ocp.is_orbax_checkpoint(self._path(s)))
 
     def save(self, step: int, parts: Parts, progress: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays may be donated as soon as this returns.
@@ -66,10 +73,12 @@ class Checkpoints:
         """
         self.wait()
         flat = {name: part for name, tree in parts.items() if (part := _by_path(tree))}
-        metadata = {"format": _FORMAT, "step": step, "identity": self.identity, "progress": dict(progress)}
-        path = (self.folder / str(step)).absolute()
+        metadata = {"format": _FORMAT, "step": step, "identity": self.identity, "about": self.about}
+        metadata["progress"] = dict(progress)
         try:
-            job = ocp.save_checkpointables_async(path, flat, overwrite=True, custom_metadata=metadata)
+            job = ocp.save_checkpointables_async(
+                self._path(step), flat, overwrite=True, custom_metadata=metadata
+            )
         except Exception as error:
             raise self._not_saved(step, error) from error
         self._pending = (step, job)
@@ -90,27 +99,28 @@ class Checkpoints:
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
+    def close(self) -> None:
+        """Waits like `wait`, but only tells of a failure: for the way out of another one."""
+        try:
+            self.wait()
+        except UserError as error:
+            self.say(f"warning: {error}")
+
     def restore(self, like: Parts) -> Restored | None:
         """The newest checkpoint that can be read, or None where there is none.
 
         like: the parts' trees of `ShapeDtypeStruct` with shardings, of any mesh.
-        Unreadable newer checkpoints are put aside with a warning. Raises `UserError` when none can be read, or
-        when the newest belongs to another base, data set or configuration.
+        Unreadable newer checkpoints are put aside with a warning. Raises `UserError` when none can be read,
+        or when the newest belongs to another base or data set.
         """
         broken: list[int] = []
         for step in reversed(self.steps()):
-            try:
-                metadata = self._metadata(step)
-                self._check(step, metadata["identity"])
-                parts = self._load(step, like)
-            except UserError:
-                raise
-            except Exception as error:
-                self.say(f"warning: checkpoint {step} cannot be read, trying an older one: {_short(error)}")
-                broken.append(step)
-                continue
-            self._put_aside(broken)
-            return Restored(step, parts, metadata["progress"])
+            found = self._read(step, like)
+            if found is not None:
+                self._put_aside(broken)
+                return found
+            broken.append(step)
+            _forget_loads()
         if broken:
             raise UserError(
                 f"none of the {len(broken)} checkpoint(s) can be read",
@@ -119,13 +129,25 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, like: Parts) -> Restored | None:
+        """One checkpoint, or None with a warning where its files are damaged."""
+        try:
+            metadata = self._metadata(step)
+            self._check(step, metadata["identity"])
+            return Restored(step, self._load(step, like), metadata["progress"])
+        except UserError:
+            raise
+        except Exception as error:
+            self.say(f"warning: checkpoint {step} cannot be read, trying an older one: {_short(error)}")
+            return None
+
     def _metadata(self, step: int) -> dict[str, Any]:
-        found: Any = ocp.checkpointables_metadata((self.folder / str(step)).absolute()).custom_metadata
+        found: Any = ocp.checkpointables_metadata(self._path(step)).custom_metadata
         return {name: found[name] for name in ("identity", "progress")}
 
     def _load(self, step: int, like: Parts) -> dict[str, Any]:
         wanted = {name: flat for name, tree in like.items() if (flat := _by_path(tree))}
-        loaded = ocp.load_checkpointables((self.folder / str(step)).absolute(), wanted)
+        loaded = ocp.load_checkpointables(self._path(step), wanted)
         return {name: _back(tree, loaded.get(name, {})) for name, tree in like.items()}
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
@@ -172,6 +194,13 @@ def _back(like: Any, flat: Mapping[str, Any]) -> Any:
 def _short(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:300]
+
+
+def _forget_loads() -> None:
+    """A load that failed leaves coroutines behind, and Python would complain about each of them later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 class _NoOrbax(logging.Filter):

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules: optax chains behind two registries.
 
-A schedule is `name(config, total) -> factor`, and `factor(step)` multiplies the learning rate; the formulas are
-those of transformers' `optimization.py`. An optimiser is `name(config, schedule, decayed) -> optax chain`.
+A schedule is `name(config, total) -> factor`, and `factor(step)` multiplies the learning rate; the formulas
+are those of transformers' `optimization.py`. An optimiser is `name(config, schedule, mask) -> optax chain`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _registered(registry: Registry) -> Callable[[str], str]:
 
     def check(name: str) -> str:
         if name not in registry.entries:
-            raise ValueError(f"unknown {registry.kind}{nearest(name, registry)}; known: {', '.join(registry)}")
+            raise ValueError(
+                f"unknown {registry.kind}{nearest(name, registry)}; known: {', '.join(registry)}"
+            )
         return name
 
     return check
@@ -40,13 +42,13 @@ class OptimConfig(Config):
     """How the trained parameters move."""
 
     optimizer: Annotated[str, AfterValidator(_registered(OPTIMIZERS))] = "adamw"
-    """update rule: adamw | adafactor | lion | sgd; adamw keeps two float32 numbers per parameter, lion and sgd
-    one, adafactor almost none"""
+    """update rule: adamw | adafactor | lion | sgd; adamw keeps two float32 numbers per parameter, lion and
+    sgd one, adafactor almost none"""
     learning_rate: float | None = Field(None, gt=0)
     """peak learning rate; null takes 2e-4 for adapters and 2e-5 for full tuning"""
     schedule: Annotated[str, AfterValidator(_registered(SCHEDULES))] = "cosine"
-    """course of the learning rate after warm-up: cosine | linear | constant | wsd; cosine and linear fall over
-    the whole run, wsd (warm-up, stable, decay) only in the last `decay_ratio` of the steps"""
+    """course of the learning rate after warm-up: cosine | linear | constant | wsd; cosine and linear fall
+    over the whole run, wsd (warm-up, stable, decay) only in the last `decay_ratio` of the steps"""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """share of the steps over which the learning rate climbs linearly from 0"""
     decay_ratio: float = Field(0.1, ge=0, le=1)
@@ -137,7 +139,7 @@ def adamw(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.GradientTr
 
 
 def adafactor(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.GradientTransformation:
-    """Factored second moments (arXiv:1804.04235, algorithm 4), with the given learning rate, not the relative."""
+    """Factored second moments (arXiv:1804.04235, algorithm 4), with the given learning rate."""
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -147,7 +149,7 @@ def adafactor(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.Gradie
 
 
 def lion(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.GradientTransformation:
-    """The sign of an interpolated momentum (arXiv:2302.06675, algorithm 2). Use a tenth of adamw's learning rate."""
+    """The sign of a momentum (arXiv:2302.06675, algorithm 2). Use a tenth of adamw's learning rate."""
     return optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask)
 
 

@@ -20,9 +20,13 @@ def score(
     needs: frozenset[str] = frozenset(),
     train_base: bool = False,
     compact: bool = True,
+    spread: int = 1,
     chunk: int = 512,
 ) -> Scores:
-    """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model."""
+    """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model.
+
+    `compact`, `spread` and `chunk` are those of `Head`.
+    """
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     hidden, _ = model.hidden(
         adapter, base, flat(batch.tokens), flat(batch.segments), flat(batch.positions), key=key
@@ -34,5 +38,6 @@ def score(
         trained=train_base,
         smooth="mean_logit" in needs,
         compact=compact,
+        spread=spread,
     )
     return token_scores(hidden, model.unembed(base), batch, head, model.constrain)

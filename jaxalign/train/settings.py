@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from functools import cache
@@ -11,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from jaxalign.config import Config
+from jaxalign.data.spans import LossOn
+from jaxalign.data.tokenize import Truncation
 from jaxalign.models.adapters import LoraConfig
 from jaxalign.registry import OBJECTIVES
 from jaxalign.sharding import MeshConfig
@@ -28,43 +28,52 @@ FREE_KEYS = (
     "resume",
     "remat",
     "mesh",
+    "grad_accumulation",
 )
+
+# Keys that say how long the run is: it may be made longer, which `folder.py` checks in steps.
+LENGTH_KEYS = ("max_steps", "epochs")
 
 
 class TrainConfig(OptimConfig):
     """Everything about a training run but the method, the model, the data and the output folder."""
 
-    max_length: int = Field(1024, ge=8)
-    """longest row in tokens"""
     batch_size: int | None = Field(None, ge=1)
-    """rows of one forward pass, over all devices together; null takes 8, or more where there are more devices"""
+    """rows of one update, over all devices together; null takes 8, or more where there are more devices"""
     grad_accumulation: int = Field(1, ge=1)
-    """forward passes whose gradients are added up before one update"""
+    """parts into which an update's rows are cut, one forward pass each: less memory, the same update"""
     max_steps: int | None = Field(None, ge=1)
     """updates of the run; null trains for `epochs`"""
     epochs: float = Field(3.0, gt=0)
     """passes over the data, where max_steps is null"""
     seed: int = 0
     """draws the adapter's start, the order of the rows and all training noise"""
-    packing: bool = False
-    """put several short rows into one of max_length; they do not see each other"""
-    truncation: Literal["drop", "keep_start", "keep_end"] = "drop"
+    max_length: int = Field(1024, ge=2)
+    """longest row in tokens"""
+    truncation: Truncation = "keep_start"
     """what happens to a row over max_length"""
-    loss_on: Literal["completion", "assistant", "all"] = "assistant"
-    """which tokens are learnt: the last answer, every assistant turn, or everything"""
+    packing: bool = False
+    """put several short examples into one row of max_length; they do not see each other"""
+    loss_on: LossOn | None = None
+    """tokens that are learned; null takes what the row's form asks for: every assistant turn of a chat, the
+    completion of a prompt, all of a text"""
+    chat_template: Path | None = None
+    """Jinja file that replaces the tokenizer's chat template"""
+    max_bad_rows: float = Field(0.1, ge=0, le=1)
+    """largest share of unreadable rows; they are left out and reported, and more of them stop the run"""
     neftune_alpha: float = Field(0.0, ge=0)
     """strength of NEFTune's noise on the embeddings while training; 5 is usual, 0 is off"""
 
-    lora: LoraConfig | None = LoraConfig()
+    lora: LoraConfig | None = Field(default_factory=LoraConfig)
     """low-rank adapters on a frozen base; null trains every weight"""
     mesh: MeshConfig = MeshConfig()
     """how the devices share the work"""
     dtype: Literal["auto", "bf16", "f32"] = "auto"
-    """precision of matrix products; sums, losses and trained weights are float32 always. auto takes bf16 where
-    the hardware has it"""
+    """precision of matrix products; sums, losses and trained weights are float32 always. auto takes bf16
+    where the hardware has it"""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """activations computed again in the backward pass instead of kept: none is fastest, full needs least memory;
-    auto takes the first that fits the device"""
+    """activations computed again in the backward pass instead of kept: none is fastest, full needs least
+    memory; auto takes the first that fits the device"""
 
     eval_data: Path | None = None
     """rows to evaluate on; null takes eval_fraction of the data"""
@@ -73,7 +82,7 @@ class TrainConfig(OptimConfig):
     eval_every: int | None = Field(None, ge=1)
     """steps between two evaluations; null evaluates after every epoch"""
     eval_batch_size: int | None = Field(None, ge=1)
-    """rows of one evaluation pass; null takes batch_size"""
+    """rows of one evaluation pass; null takes as many as a forward pass of training"""
     log_every: int = Field(10, ge=1)
     """steps between two lines of metrics; a line is the mean over the steps since the last one"""
     checkpoint_every: int = Field(200, ge=1)
@@ -81,37 +90,23 @@ class TrainConfig(OptimConfig):
     keep_checkpoints: int = Field(2, ge=1)
     """newest checkpoints that are kept"""
     max_nonfinite: int = Field(5, ge=1)
-    """steps in a row with a loss or gradient that is not a number before the run stops; each one is skipped"""
+    """steps in a row with a loss or gradient that is not finite before the run stops; each one is skipped"""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on where the output folder's run stopped; never refuses a folder with a run in it"""
 
 
 @cache
 def config_for(method: str) -> type[TrainConfig]:
-    """`TrainConfig` with the fields of the method's objective added. Raises `UserError` on an unknown method."""
+    """`TrainConfig` with the fields of the method's objective. Raises `UserError` on an unknown method."""
     objective = OBJECTIVES[method]
-    if dataclasses.is_dataclass(objective):
-        own = {f.name: (f.type, _default(f)) for f in dataclasses.fields(objective)}
-    else:
-        own = {name: (info.annotation, info) for name, info in objective.model_fields.items()}
+    own: dict[str, Any] = {name: (info.annotation, info) for name, info in objective.model_fields.items()}
     return create_model(f"{method}_config", __base__=TrainConfig, __doc__=objective.__doc__, **own)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory)
-    return ... if field.default is dataclasses.MISSING else field.default
 
 
 def objective_for(method: str, config: TrainConfig) -> Any:
     """The method's objective, built from its own fields of `config`."""
     objective = OBJECTIVES[method]
-    names = (
-        [f.name for f in dataclasses.fields(objective)]
-        if dataclasses.is_dataclass(objective)
-        else list(objective.model_fields)
-    )
-    return objective(**{name: getattr(config, name) for name in names})
+    return objective(**{name: getattr(config, name) for name in objective.model_fields})
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -132,13 +127,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{k}: {before.get(k)} -> {after.get(k)}"
         for k in changed
-        if k.split(".")[0] not in FREE_KEYS and not _longer(k, before.get(k), after.get(k))
+        if k.split(".")[0] not in (*FREE_KEYS, *LENGTH_KEYS)
     ]
-
-
-def _longer(key: str, old: Any, new: Any) -> bool:
-    """A run may be made longer, never shorter than it already is."""
-    return key in ("max_steps", "epochs") and old is not None and new is not None and new >= old
 
 
 def digest(values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Model
 from jaxalign.objectives.base import Metrics, Objective
+from jaxalign.sharding import RULES
 from jaxalign.train.score import score
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, Params
@@ -38,6 +40,7 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
             needs=objective.needs,
             train_base=train_base,
             compact=mesh.size == 1,
+            spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
         )
         total, weight, metrics = objective(scores, batch)
         return total, (weight, metrics)

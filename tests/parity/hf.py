@@ -59,6 +59,6 @@ def logits(model: Model, base: dict, tokens, segments=None, positions=None, adap
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.hidden(adapter, base, tokens, segments, jnp.asarray(positions, jnp.int32))
-    z = jnp.dot(hidden, model.unembed(base), precision="highest")
+    z = jnp.dot(hidden, model.unembed(base).T, precision="highest")
     cap = model.config.final_softcap
     return np.asarray(cap * jnp.tanh(z / cap) if cap else z)

@@ -129,7 +129,7 @@ def test_cached_decode(pair):
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
         h, cache = forward(jnp.asarray(tokens[:, start:stop]), positions, cache)
         hidden.append(h)
-    z = jnp.dot(jnp.concatenate(hidden, 1), model.unembed(base), precision="highest")
+    z = jnp.dot(jnp.concatenate(hidden, 1), model.unembed(base).T, precision="highest")
     cap = model.config.final_softcap
     z = cap * jnp.tanh(z / cap) if cap else z
     np.testing.assert_allclose(z, torch_logits(hf, tokens), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,159 @@
+"""`jaxalign inspect data`: what a model would see of the rows, what it would learn, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxalign.data.batching import BatchSource, bucket_lengths
+from jaxalign.data.chat import Tokenizer
+from jaxalign.data.readers import LoadReport
+from jaxalign.data.records import SFTRecord
+from jaxalign.data.spans import LossOn
+from jaxalign.data.tokenize import Truncation, tokenize
+from jaxalign.types import Example
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+TOKENS_SHOWN = 400  # of one row
+BAR = 40  # columns of the longest histogram bar
+
+# kind of token -> (rich style of even tokens, of odd tokens)
+STYLES = {
+    "learned": ("green", "bright_green"),
+    "context": ("bright_black", "white"),
+    "special": ("cyan", "bright_cyan"),
+    "stop": ("bold black on green", "bold black on green"),
+}
+
+KEY = "learned: green; a learned stop token: black on green; special: cyan; the rest is context"
+PLAIN_KEY = "+ is learned, - is context"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token to show: its text, and whether it is learned, context, special or a learned stop token."""
+
+    text: str
+    kind: str
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is a target."""
+        return self.kind in ("learned", "stop")
+
+
+def show_tokens(example: Example, tokenizer: Tokenizer, limit: int = TOKENS_SHOWN) -> list[Token]:
+    """The first `limit` tokens, each with the text it adds (a character of several goes to the last)."""
+    ids, special = example.tokens[:limit].tolist(), tokenizer.special_ids
+    out, before = [], ""
+    for i, (token, learned) in enumerate(zip(ids, example.mask, strict=False)):
+        text = tokenizer.decode(ids[: i + 1], special=True)
+        whole = before if text.endswith("\ufffd") else text
+        kind = "learned" if learned else "special" if token in special else "context"
+        kind = "stop" if learned and token in tokenizer.stop_tokens else kind
+        out.append(Token(whole[len(before) :], kind))
+        before = whole
+    return out
+
+
+def rich_tokens(tokens: Sequence[Token]) -> Text:
+    """The tokens coloured by kind, neighbours in two shades; line breaks are shown and kept."""
+    from rich.text import Text
+
+    out = Text()
+    for i, token in enumerate(tokens):
+        out.append(token.text.replace("\n", "⏎\n"), style=STYLES[token.kind][i % 2])
+    return out
+
+
+def plain_tokens(tokens: Sequence[Token]) -> list[str]:
+    """The same without colour: a line for every run, led by + where it is learned and - where it is not."""
+    runs: list[tuple[bool, str]] = []
+    for token in tokens:
+        if runs and runs[-1][0] == token.learned:
+            runs[-1] = (token.learned, runs[-1][1] + token.text)
+        else:
+            runs.append((token.learned, token.text))
+    return [f"{'+' if learned else '-'} {text!r}" for learned, text in runs]
+
+
+def histogram(lengths: np.ndarray, edges: Sequence[int]) -> list[str]:
+    """One line for every range of lengths that ends at an edge: the range, a bar, the count."""
+    counts = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
+    top, low, out = max(int(counts.max()), 1), 1, []
+    for edge, count in zip(edges, counts.tolist(), strict=True):
+        bar = "#" * max(round(BAR * count / top), 1 if count else 0)
+        out.append(f"{low:>6}-{edge:<6} {bar:<{BAR}} {count}")
+        low = edge + 1
+    return out
+
+
+def packing_lines(examples: Sequence[Example], max_length: int) -> list[str]:
+    """Rows and share of padding, with and without packing."""
+    out = []
+    for name, packing in (("one example a row", False), ("packed", True)):
+        source = BatchSource(examples, batch_size=1, max_length=max_length, packing=packing)
+        stats, lengths = source.stats, ", ".join(map(str, source.lengths))
+        out.append(f"{name}: {stats.rows} rows, {stats.pad_share:.1%} padding, row lengths {lengths}")
+    return out
+
+
+def say(out: Console, lines: Sequence[str], title: str = "") -> None:
+    """Print lines as they are, under a bold title."""
+    if title:
+        out.print(f"\n{title}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_row(out: Console, example: Example, tokenizer: Tokenizer) -> None:
+    """Print one example token by token."""
+    total, learned = len(example.tokens), int(example.mask.sum())
+    tokens = show_tokens(example, tokenizer)
+    say(out, [], f"Row {example.id}: {total} tokens, {learned} learned")
+    if out.is_terminal:
+        out.print(rich_tokens(tokens))
+    else:
+        say(out, plain_tokens(tokens))
+    if total > TOKENS_SHOWN:
+        say(out, [f"... {total - TOKENS_SHOWN} more tokens"])
+
+
+def inspect_data(
+    records: Sequence[SFTRecord],
+    report: LoadReport,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 1024,
+    truncation: Truncation = "keep_start",
+    loss_on: LossOn | None = None,
+    rows: int = 3,
+    console: Console | None = None,
+) -> None:
+    """Print what was read and left out, the first `rows` rows token by token, lengths and packing.
+
+    Coloured on a terminal, plain text elsewhere. Raises `UserError` as `tokenize` does.
+    """
+    from rich.console import Console
+
+    out = console or Console()
+    say(out, report.lines(), "Rows")
+    examples, counted = tokenize(records, tokenizer, max_length, truncation, loss_on)
+    choice = f"max_length {max_length}, truncation {truncation}, loss_on {loss_on or 'by row form'}"
+    stops = ", ".join(f"{tokenizer.decode([i], special=True)!r} ({i})" for i in tokenizer.stop_tokens)
+    say(
+        out,
+        [*counted.lines(), f"stop tokens: {stops}", KEY if out.is_terminal else PLAIN_KEY],
+        f"Tokens ({choice})",
+    )
+    for example in examples[:rows]:
+        say_row(out, example, tokenizer)
+    lengths = np.asarray([len(e.tokens) for e in examples])
+    say(out, histogram(lengths, bucket_lengths(int(lengths.max()), 8)), "Lengths in tokens")
+    say(out, packing_lines(examples, max_length), "Rows of a batch")

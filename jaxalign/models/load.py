@@ -1,0 +1,286 @@
+"""Weights in: from files on a disk straight into shards on a mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxalign.errors import UserError
+from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.base import DecoderConfig, NameRule, Numerics
+from jaxalign.models.decoder import Model
+from jaxalign.models.gguf import load_gguf
+from jaxalign.models.hashing import content_hash
+from jaxalign.models.peft import adapter_rules, open_adapter
+from jaxalign.models.store import RenamedStore, TensorStore, open_safetensors, read_json, safetensors_files
+from jaxalign.registry import FAMILIES
+from jaxalign.sharding import constrainer, tree_shardings
+from jaxalign.types import ModelSource, Params
+
+_CHUNK = 1 << 20  # numbers that are read, converted and copied at a time
+# Tensors of a checkpoint that hold nothing to load: tables computed from the configuration.
+_COMPUTED = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, opened: the dict of config.json, the tensors, and the files that hold them."""
+
+    config: dict[str, Any]
+    store: TensorStore
+    files: tuple[Path, ...]
+
+    @property
+    def family(self) -> Any:
+        """The registered family of the configuration's model_type."""
+        return FAMILIES[self.config.get("model_type", "")]
+
+    def decoder(self) -> DecoderConfig:
+        """The configuration in this package's terms."""
+        return self.family.from_hf(deepcopy(self.config))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on a mesh. `adapter` is the imported PEFT adapter's parameters, or None where there is none.
+
+    `model.adapter` is the imported adapter's configuration, or the one that was asked for. `base_hash` is the
+    sha256 over the base's weight files (`hashing.content_hash`).
+    """
+
+    model: Model
+    base: Params
+    adapter: Params | None
+    source: ModelSource
+    stop_tokens: tuple[int, ...]
+    base_hash: str
+
+
+def load_model(
+    source: ModelSource,
+    mesh: Mesh,
+    *,
+    adapter: LoraConfig | None = None,
+    param_dtype: Any = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+) -> Loaded:
+    """Load a base model, and the adapter on top of it if the source has one, into shards on `mesh`.
+
+    Every host reads only the slices that its own devices hold, one shard of one array at a time. Adapters are
+    float32 whatever `param_dtype` is. Raises `UserError` for tensors that are missing, unexpected, misshapen
+    or cut off, for an adapter that belongs to another base or differs from `adapter`, and for a mesh that
+    does not divide the model.
+    """
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.decoder()
+    base_hash = content_hash(checkpoint.files)
+    imported = open_adapter(source.adapter, checkpoint.family.names(config), base_hash)
+    if imported and adapter:
+        imported.check_against(adapter)
+    model = Model(
+        config,
+        adapter or (imported.config if imported else None),
+        Numerics.choose(compute_dtype, mesh.devices.flat[0].platform),
+        constrain=constrainer(mesh),
+    )
+    (adapter_shapes, shapes), (adapter_axes, axes) = model.shapes(), model.axes()
+    rules = checkpoint.family.names(config)
+    base = load_tree(checkpoint.store, rules, shapes, tree_shardings(mesh, axes, shapes), param_dtype)
+    params = None
+    if imported:
+        shardings = tree_shardings(mesh, adapter_axes, adapter_shapes)
+        params = load_tree(
+            imported.store, adapter_rules(rules, imported.config), adapter_shapes, shardings, jnp.float32
+        )
+    return Loaded(model, base, params, source, stop_tokens(source, checkpoint.config), base_hash)
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Open a base model's files without reading a tensor.
+
+    A multimodal checkpoint is opened as the language model in it. Raises `UserError` for a damaged or
+    quantised one.
+    """
+    if source.gguf:
+        config, store = load_gguf(source.gguf)
+        return Checkpoint(config, store, (source.gguf,))
+    place = source.folder / "config.json"
+    config = read_json(place)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"the weights are quantised ({method})",
+            place=f"{place}: quantization_config",
+            remedy="take the model's unquantised weights, or a .gguf file",
+        )
+    files = safetensors_files(source.folder)
+    if not files:
+        raise UserError("no *.safetensors in the model folder", place=str(source.folder))
+    store: TensorStore = open_safetensors(files)
+    if config.get("model_type") not in FAMILIES.entries and isinstance(config.get("text_config"), dict):
+        config, store = _text_part(config, store)
+    return Checkpoint(config, store, tuple(files))
+
+
+def _text_part(config: dict[str, Any], store: TensorStore) -> tuple[dict[str, Any], TensorStore]:
+    """The language model of a multimodal checkpoint, under the names that it has on its own."""
+    shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+    text = {key: config[key] for key in shared if key in config} | config["text_config"]
+    return text, RenamedStore(store, dict(_text_names(store.names)))
+
+
+def _text_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        if name.startswith("language_model."):
+            yield name.removeprefix("language_model."), name
+        elif name.startswith("model.language_model."):
+            yield "model." + name.removeprefix("model.language_model."), name
+        elif name.startswith("lm_head."):
+            yield name, name
+
+
+def stop_tokens(source: ModelSource, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every token that ends an answer: those of generation_config.json (the adapter's and the base's) and of
+    config.json, each once."""
+    folders = [f for f in (source.adapter, None if source.gguf else source.folder) if f]
+    files = [f / "generation_config.json" for f in folders]
+    values = [read_json(f).get("eos_token_id") for f in files if f.exists()] + [config.get("eos_token_id")]
+    found: list[int] = []
+    for value in values:
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def load_tree(
+    store: TensorStore, rules: list[NameRule], shapes: Params, shardings: Params, dtype: Any
+) -> Params:
+    """Read every parameter that `rules` name into a tree of sharded arrays like `shapes`.
+
+    Raises `UserError` unless the store holds exactly those tensors in those shapes.
+    """
+    check_tensors(store, rules, shapes)
+    tree: Params = {}
+    for rule in rules:
+        node = tree
+        for name in rule.path[:-1]:
+            node = node.setdefault(name, {})
+        shape = leaf(shapes, rule.path).shape
+        node[rule.path[-1]] = _load_leaf(store, rule, shape, leaf(shardings, rule.path), np.dtype(dtype))
+    return tree
+
+
+def leaf(tree: Params, path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dict at a path."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def stored(rule: NameRule, shape: tuple[int, ...]) -> Iterator[tuple[int | None, str, tuple[int, ...]]]:
+    """(layer, name, shape) of every stored tensor that makes up our parameter of this shape."""
+    inner = shape[1:] if "{layer}" in rule.hf else shape
+    inner = inner[::-1] if rule.transpose else inner
+    if "{layer}" in rule.hf:
+        yield from ((i, rule.hf.format(layer=i), inner) for i in range(shape[0]))
+    else:
+        yield None, rule.hf, inner
+
+
+def check_tensors(store: TensorStore, rules: list[NameRule], shapes: Params) -> None:
+    """Raise `UserError` unless the store holds what `rules` name, in the right shapes, and nothing else.
+
+    A copy of the embedding as `lm_head.weight` is no mistake in a model with tied embeddings.
+    """
+    expected = {name: shape for r in rules for _, name, shape in stored(r, leaf(shapes, r.path).shape)}
+    names = set(store.names)
+    extra = {n for n in names - set(expected) if n != "lm_head.weight" and not n.endswith(_COMPUTED)}
+    mistakes = [
+        (
+            "missing tensor",
+            sorted(set(expected) - names),
+            "is config.json this model's own, and every file there?",
+        ),
+        ("unexpected tensor", sorted(extra), "the model has parts that its config.json does not name"),
+    ]
+    for what, found, remedy in mistakes:
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            listed = ", ".join(map(repr, found[:3])) + more
+            raise UserError(f"{what} {listed}", place=store.place(found[0]), remedy=remedy)
+    for name, shape in expected.items():
+        if tuple(store.shape(name)) != tuple(shape):
+            raise UserError(
+                f"tensor {name!r} has shape {list(store.shape(name))}, the configuration says {list(shape)}",
+                place=store.place(name),
+                remedy=remedy,
+            )
+
+
+def _load_leaf(
+    store: TensorStore, rule: NameRule, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype
+) -> jax.Array:
+    """One parameter, shard by shard: a host buffer is handed to its device before the next one is filled."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        block = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+        holders.setdefault(block, []).append(device)
+    arrays: list[jax.Array] = []
+    for block, devices in holders.items():
+        values = read_block(store, rule, shape, tuple(slice(*b) for b in block), dtype)
+        arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def read_block(
+    store: TensorStore, rule: NameRule, shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """The part `index` of our parameter of this shape, read in chunks from the tensors it is stored as."""
+    out = _aligned(tuple(s.stop - s.start for s in index), dtype)
+    stacked = "{layer}" in rule.hf
+    jobs = []
+    for layer, name, _ in stored(rule, shape):
+        if layer is not None and not index[0].start <= layer < index[0].stop:
+            continue
+        target = out if layer is None else out[layer - index[0].start]
+        part = index[1:] if stacked else index
+        jobs += _chunks(name, *((target.T, part[::-1]) if rule.transpose else (target, part)))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy copies without the interpreter lock
+        for _ in pool.map(lambda job: _copy(store, *job), jobs):
+            pass
+    return out
+
+
+def _chunks(name: str, target: np.ndarray, index: tuple[slice, ...]) -> Iterator[Any]:
+    """(name, target, index) of chunks of rows."""
+    rows, width = target.shape[0], max(1, target[0].size if target.ndim > 1 else 1)
+    step = max(1, _CHUNK // width)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first = slice(index[0].start + start, index[0].start + stop)
+        yield name, target[start:stop], (first, *index[1:])
+
+
+def _copy(store: TensorStore, name: str, target: np.ndarray, index: tuple[slice, ...]) -> None:
+    values = store.read(name, index)
+    if values.dtype == target.dtype and values.dtype.itemsize == 2:
+        # numpy copies a two-byte integer much faster than a dtype it does not know.
+        values, target = values.view(np.uint16), target.view(np.uint16)
+    target[...] = values
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype, align: int = 64) -> np.ndarray:
+    """An empty array at an address from which a CPU device takes it over without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + align, np.uint8)
+    offset = -raw.ctypes.data % align
+    return raw[offset : offset + size].view(dtype).reshape(shape)

@@ -1,0 +1,145 @@
+"""From a training run as it was asked for to the numbers that `plan` works with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign.errors import UserError
+from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.base import resolve_dtype
+from jaxalign.models.decoder import Model
+from jaxalign.models.load import open_checkpoint
+from jaxalign.models.source import resolve
+from jaxalign.models.store import read_json
+from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan, mesh_sizes
+from jaxalign.registry import FAMILIES
+from jaxalign.train.assemble import HEADROOM, REMAT, learning_rate
+from jaxalign.train.inputs import default_batch_size, read_inputs, total_steps
+from jaxalign.train.optim import make_optimizer, make_schedule
+from jaxalign.train.settings import TrainConfig
+
+BYTES = {"bf16": 2, "f32": 4}
+
+
+def plan_run(model: str, data: Any, config: TrainConfig, on: str | None = None, mfu: float = 0.4) -> Plan:
+    """The plan of training `model` on `data` (None: as many tokens as fit), on the devices that `on` names.
+
+    Without `on` the devices of this machine are meant, and started. Raises `UserError`.
+    """
+    machine = machine_named(on) if on else this_machine()
+    mesh = mesh_sizes(config.mesh, machine.count)
+    dtype = config.dtype if config.dtype != "auto" else "bf16" if on else resolve_dtype("auto")
+    shards = mesh["data"] * mesh["fsdp"]
+    rows = config.batch_size or default_batch_size(shards, config.grad_accumulation)
+    config = config.model_copy(update={"batch_size": rows, "dtype": dtype})
+    raw, lora = read_config(model, config)
+    job = Job(
+        Model(FAMILIES[raw.get("model_type", "")].from_hf(raw), lora),
+        mesh,
+        machine,
+        rows=max(1, rows // config.grad_accumulation),
+        length=config.max_length,
+        accumulation=config.grad_accumulation,
+        compute_bytes=BYTES[dtype],
+        steps=config.max_steps,
+        mfu=mfu,
+    )
+    job = replace(job, optimizer=optimizer_share(job.model, config))
+    return make_plan(_with_remat(_with_data(job, model, data, config), config.remat))
+
+
+def this_machine() -> Machine:
+    """The devices that JAX finds here. Processors share the machine's memory."""
+    first, count = jax.devices()[0], jax.device_count()
+    limit = (first.memory_stats() or {}).get("bytes_limit")
+    if limit is None and first.platform == "cpu":
+        limit = _host_memory() / jax.local_device_count()
+    return Machine(first.device_kind, limit, count)
+
+
+def _host_memory() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def read_config(model: str, config: TrainConfig) -> tuple[dict[str, Any], LoraConfig | None]:
+    """The model's config.json as a dict, and the adapter that the run trains.
+
+    Takes what `-m` takes, and a config.json or a folder with nothing else; of a hub model only that file is
+    fetched. Raises `UserError`.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".json" or (path / "config.json").exists():
+        return _text(read_json(path if path.suffix == ".json" else path / "config.json")), config.lora
+    if not path.exists() and model.count("/") == 1:
+        return _text(read_json(_hub_config(model))), config.lora
+    source = resolve(model)
+    lora = config.lora
+    if source.adapter and "lora" not in config.model_fields_set:
+        raw = read_json(source.adapter / "adapter_config.json")
+        targets = tuple(name.removesuffix("_proj") for name in raw["target_modules"])
+        values = {"rank": raw["r"], "alpha": raw["lora_alpha"], "targets": targets}
+        lora = LoraConfig.model_validate(values)
+    return open_checkpoint(source).config, lora
+
+
+def _hub_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision or None))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "check the name and the network, or give a folder with config.json"
+        raise UserError(f"no config.json of {model!r}: {reason}", remedy=remedy) from error
+
+
+def _text(raw: dict[str, Any]) -> dict[str, Any]:
+    """The language model of a multimodal configuration."""
+    inner = raw.get("text_config")
+    return inner if raw.get("model_type") not in FAMILIES.entries and isinstance(inner, dict) else raw
+
+
+def optimizer_share(model: Model, config: TrainConfig) -> float:
+    """Bytes of optimiser state per byte of trained parameters, from the optimiser itself."""
+    adapter, base = model.shapes()
+    trained = adapter or base
+    optimizer = make_optimizer(config, make_schedule(config, learning_rate(config), 1))
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return size(jax.eval_shape(optimizer.init, trained)) / size(trained)
+
+
+def _with_data(job: Job, model: str, data: Any, config: TrainConfig) -> Job:
+    """The job with the rows counted: how long they really are, how many steps they make."""
+    if data is None:
+        return job
+    from jaxalign.data.chat import load_tokenizer
+
+    inputs = read_inputs(data, load_tokenizer(resolve(model)), config, lambda line: None)
+    source = inputs.source
+    return replace(
+        job,
+        length=max(source.lengths),
+        examples=source.stats.examples,
+        tokens=source.stats.tokens,
+        steps_per_epoch=source.steps_per_epoch,
+        steps=total_steps(config, source),
+    )
+
+
+def _with_remat(job: Job, asked: str) -> Job:
+    """The job with the policy that the run would take: `auto` keeps as much as the device holds."""
+    jobs = [replace(job, model=replace(job.model, remat=policy)) for policy in REMAT]
+    if asked != "auto":
+        return jobs[REMAT.index(asked)]
+    memory = job.machine.memory
+    if memory is None or job.machine.is_cpu:  # nothing tells the run where the limit is
+        return jobs[0]
+    fits = [j for j in jobs if make_plan(j).value("memory of a device", "total") <= HEADROOM * memory]
+    return fits[0] if fits else jobs[-1]

@@ -1,0 +1,259 @@
+"""Chunked scores against the plain log-softmax over all logits in float64, values and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jaxalign.objectives.base import Scores
+from jaxalign.objectives.logprobs import Head, token_scores
+from jaxalign.types import Batch
+from tests.objectives import vectors as golden
+from tests.tiny import lay_out
+
+T, D, V = 11, 8, 13
+FIELDS = ("logp", "logsumexp", "mean_logit", "correct", "entropy")
+FROZEN, TRAINED, ROWS = Head(chunk=4), Head(chunk=4, trained=True), Head(chunk=7, compact=False, softcap=2.0)
+CASES = {
+    "frozen": FROZEN,
+    "frozen, one at a time": Head(chunk=1),
+    "frozen, all at once": Head(chunk=512, compact=False),
+    "frozen, rows": ROWS,
+    "frozen, softcap": Head(chunk=5, softcap=1.5),
+    "trained": TRAINED,
+    "trained, softcap": Head(chunk=3, trained=True, softcap=1.5),
+    "trained, smooth, rows": Head(chunk=9, trained=True, compact=False, smooth=True),
+    "smooth": Head(chunk=4, smooth=True),
+    "trained, smooth, softcap": Head(chunk=6, smooth=True, softcap=2.5, trained=True),
+}
+
+
+def free(x: jax.Array, *axes: str | None) -> jax.Array:
+    return x
+
+
+def pair(rng: np.random.Generator, length: int, prompt: int) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(0, V, length).astype(np.int32), np.arange(length) >= prompt
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """A full row, a packed one with a trained first token and padding, one without targets, one empty."""
+    rng = np.random.default_rng(0)
+    rows = [[pair(rng, T, 1)], [pair(rng, 4, 0), pair(rng, 5, 2)], [pair(rng, 7, 7)], []]
+    return lay_out(rows, T)
+
+
+@pytest.fixture
+def inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states [4, T, D] and the head [V, D]."""
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((4, T, D)).astype(np.float32), rng.standard_normal((V, D)).astype(np.float32)
+
+
+def weights(batch: Batch) -> list[np.ndarray]:
+    """What the gradient tests multiply log-prob, logsumexp and mean logit of each token with."""
+    size = batch.tokens.size
+    return [np.sin(np.arange(size) + i).reshape(batch.tokens.shape) for i in range(3)]
+
+
+@cache
+def compiled(head: Head) -> Any:
+    """run(hidden, kernel, batch) -> (scores, gradients of their weighted sum in hidden and kernel)."""
+
+    def run(hidden: jax.Array, kernel: jax.Array, batch: Batch) -> Any:
+        def loss(h: jax.Array, k: jax.Array) -> Any:
+            scores = token_scores(h, k, batch, head, free)
+            parts = (scores.logp, scores.logsumexp, scores.mean_logit)[: 3 if head.smooth else 2]
+            return sum((w * s).sum() for w, s in zip(weights(batch), parts, strict=False)), scores
+
+        grads, scores = jax.grad(loss, (0, 1), has_aux=True)(hidden, kernel)
+        return scores, grads
+
+    return jax.jit(run)
+
+
+def dense(hidden: np.ndarray, kernel: np.ndarray, batch: Batch, head: Head) -> tuple[dict[str, Any], Any]:
+    """Every score by its definition and the gradients of their weighted sum, from logits [B, G, T, V] in float64."""
+    h, k = hidden.astype(np.float64).reshape(*batch.tokens.shape, -1)[:, :, :-1], kernel.astype(np.float64)
+    raw = h @ k.T
+    cap = head.softcap
+    z = cap * np.tanh(raw / cap) if cap else raw
+    segments = batch.segments
+    mask = batch.mask[:, :, 1:] & (segments[:, :, 1:] == segments[:, :, :-1]) & (segments[:, :, 1:] > 0)
+    one_hot = np.eye(V)[batch.tokens[:, :, 1:]]
+    lse = np.log(np.exp(z).sum(-1))
+    p = np.exp(z - lse[..., None])
+    scores = {
+        "logp": (one_hot * z).sum(-1) - lse,
+        "logsumexp": lse,
+        "mean_logit": z.mean(-1),
+        "correct": (z.argmax(-1) == batch.tokens[:, :, 1:]).astype(float),
+        "entropy": -(p * np.log(p)).sum(-1),
+    }
+    w = [x[:, :, 1:, None] * mask[..., None] for x in weights(batch)]
+    dz = w[0] * (one_hot - p) + w[1] * p + (w[2] / V if head.smooth else 0)
+    dz = dz * (1 - (z / cap) ** 2) if cap else dz
+    dh = np.pad(dz @ k, ((0, 0), (0, 0), (0, 1), (0, 0))).reshape(hidden.shape)
+    dk = np.einsum("bgtv,bgtd->vd", dz, h)
+    shift = lambda x: np.pad(x * mask, ((0, 0), (0, 0), (1, 0)))  # noqa: E731
+    return {name: shift(x) for name, x in scores.items()} | {"mask": shift(mask)}, (dh, dk)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_gradients_are_those_of_the_dense_path(batch: Batch, inputs: Any, case: str) -> None:
+    head = CASES[case]
+    want, want_grads = dense(*inputs, batch, head)
+    got, grads = compiled(head)(*inputs, batch)
+    assert np.array_equal(got.mask, want["mask"])
+    assert got.mask.sum() == 10 + 3 + 3
+    for name in FIELDS:
+        if name != "mean_logit" or head.smooth:
+            np.testing.assert_allclose(getattr(got, name), want[name], atol=1e-5, rtol=1e-5, err_msg=name)
+        assert getattr(got, name).dtype == jnp.float32
+    np.testing.assert_allclose(grads[0], want_grads[0], atol=1e-5, rtol=1e-5)
+    kernel = want_grads[1] if head.trained or head.smooth else np.zeros_like(want_grads[1])
+    np.testing.assert_allclose(grads[1], kernel, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_are_counted_in_tokens_of_a_device() -> None:
+    """Four rows that lie on two devices: two rows a device, so 4 tokens are 2 columns; and it changes nothing."""
+    spread = Head(chunk=4, compact=False, spread=2)
+    seen: list[tuple[int, ...]] = []
+
+    def watch(z: Any) -> None:
+        seen.extend(v.aval.shape for e in z.eqns for v in e.outvars if V in v.aval.shape)
+        for eqn in z.eqns:
+            for inner in jaxprs_in_params(eqn.params):
+                watch(inner)
+
+    batch = lay_out([[pair(np.random.default_rng(0), T, 1)]] * 4, T)
+    hidden, kernel = np.zeros((4, T, D), np.float32), np.zeros((V, D), np.float32)
+    watch(jax.make_jaxpr(lambda h, k: token_scores(h, k, batch, spread, free))(hidden, kernel).jaxpr)
+    assert max(np.prod(s) for s in seen) == 4 * 2 * V
+
+
+def test_a_group_is_scored_like_rows(batch: Batch, inputs: Any) -> None:
+    grouped = jax.tree.map(lambda x: x.reshape(2, 2, T), batch)
+    a, b = compiled(FROZEN)(*inputs, batch)[0], compiled(FROZEN)(*inputs, grouped)[0]
+    assert b.logp.shape == (2, 2, T)
+    assert np.array_equal(a.logp.reshape(-1), b.logp.reshape(-1))
+
+
+@pytest.mark.parametrize("head", [FROZEN, TRAINED, ROWS])
+def test_without_any_target_all_scores_and_gradients_are_zero(batch: Batch, inputs: Any, head: Head) -> None:
+    empty = replace(batch, mask=np.zeros_like(batch.mask))
+    for leaf in jax.tree.leaves(compiled(head)(*inputs, empty)):
+        assert not np.asarray(leaf).any()
+
+
+@pytest.mark.parametrize("head", [FROZEN, TRAINED, ROWS])
+def test_only_targets_reach_the_scores(batch: Batch, inputs: Any, head: Head) -> None:
+    """Hidden states that predict no target, and the ids of untrained tokens, may be anything."""
+    hidden, kernel = inputs
+    scores, grads = compiled(head)(hidden, kernel, batch)
+    predicts = np.roll(np.asarray(scores.mask), -1, axis=-1).reshape(-1, T)
+    other = np.where(predicts[..., None], hidden, 1e3 * hidden[::-1])
+    changed = replace(batch, tokens=np.where(scores.mask, batch.tokens, (batch.tokens + 5) % V))
+    scores_2, grads_2 = compiled(head)(other, kernel, changed)
+    for a, b in zip(jax.tree.leaves((scores, grads[0])), jax.tree.leaves((scores_2, grads_2[0])), strict=True):
+        assert np.array_equal(a, b)
+    assert not np.asarray(grads[0])[~predicts].any()
+    # ... while a target's own id does change its score
+    moved = compiled(head)(hidden, kernel, replace(batch, tokens=(batch.tokens + 1) % V))[0]
+    assert (np.asarray(moved.logp != scores.logp) == np.asarray(scores.mask)).all()
+
+
+@pytest.mark.parametrize("head", [FROZEN, TRAINED])
+def test_extreme_logits_stay_finite(batch: Batch, inputs: Any, head: Head) -> None:
+    """Logits of +-1e4: log-probs of -2e4 and 0, finite gradients, nothing clipped."""
+    hidden, kernel = inputs
+    hidden[..., 0], kernel[:] = 1.0, 0.0
+    kernel[:2, 0] = 1e4, -1e4
+    extreme = replace(batch, tokens=np.broadcast_to(np.arange(T) % 2, batch.tokens.shape).astype(np.int32))
+    scores, grads = compiled(head)(hidden, kernel, extreme)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((scores, grads)))
+    assert set(np.unique(scores.logp)) == {0.0, -2e4}
+
+
+# --- golden numbers ---------------------------------------------------------------------------------------
+
+
+def golden_scores(temperature: float, head: Head) -> Scores:
+    row = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
+    ones = jnp.ones((1, 1, 5), jnp.int32)
+    batch = Batch(row(golden.TOKENS), row(golden.MASK), ones, jnp.arange(5)[None, None])
+    return token_scores(jnp.asarray(golden.LOGITS)[None] / temperature, jnp.eye(4), batch, head, free)
+
+
+@pytest.mark.parametrize("head", [Head(chunk=2), Head(chunk=2, trained=True)])
+def test_vector_token_logps(head: Head) -> None:
+    scores = golden_scores(1.0, head)
+    np.testing.assert_allclose(scores.logp[0, 0], golden.TOKEN_LOGPS, rtol=1e-5)
+    np.testing.assert_allclose(scores.logp.sum(), golden.TOKEN_LOGPS_SUM, rtol=1e-5)
+    np.testing.assert_allclose(scores.entropy.sum() / 3, golden.ENTROPY_MEAN, rtol=1e-5)
+    np.testing.assert_allclose(1e-4 * (scores.logsumexp**2).sum() / 3, golden.Z_LOSS_MEAN, rtol=1e-5)
+    assert scores.mask[0, 0].tolist() == [False, False, True, True, True]
+    assert scores.correct[0, 0].tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_vector_token_logps_at_a_temperature() -> None:
+    np.testing.assert_allclose(golden_scores(0.7, Head(chunk=2)).logp[0, 0], golden.COLD_LOGPS, rtol=1e-5)
+
+
+def test_vector_packing_masks() -> None:
+    """The first token of a segment is never a target, though the mask says so; nor is padding."""
+    row = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
+    mask = jnp.ones((1, 1, 6), bool)
+    batch = Batch(row([7, 8, 9, 4, 5, 0]), mask, row(golden.SEGMENTS), row(golden.POSITIONS))
+    scores = token_scores(jnp.ones((1, 6, D)), jnp.ones((V, D)), batch, Head(), free)
+    assert scores.mask[0, 0].astype(int).tolist() == golden.TARGETS
+    assert (np.asarray(scores.logp[0, 0]) != 0).astype(int).tolist() == golden.TARGETS
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------
+
+
+def rounded(x: Any) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, jnp.float32])
+def test_bfloat16_gradient_of_confident_tokens(
+    batch: Batch, inputs: Any, trained: bool, kernel_dtype: Any
+) -> None:
+    """The gradient of a nearly certain token is the small difference of two large vectors: it must not be
+    rounded before they are subtracted."""
+    head = Head(chunk=4, dtype=jnp.bfloat16, trained=trained)
+    noise, kernel = inputs
+    sure = 1.4 * kernel[np.roll(batch.tokens.reshape(-1, T), -1, axis=1)]
+    hidden, kernel = jnp.asarray(sure + 0.3 * noise, jnp.bfloat16), jnp.asarray(kernel, kernel_dtype)
+    nll = lambda h: -token_scores(h, kernel, batch, head, free).logp.sum()  # noqa: E731
+    got = np.asarray(jax.grad(nll)(hidden), np.float64)
+    # The same numbers: operands are rounded to bfloat16 first, and everything after that is exact.
+    z = np.asarray(hidden, np.float64) @ rounded(kernel).astype(np.float64).T
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dz = p - np.eye(V)[np.roll(batch.tokens.reshape(-1, T), -1, axis=1)]
+    predicts = np.roll(np.asarray(token_scores(hidden, kernel, batch, head, free).mask), -1, -1).reshape(-1, T)
+    want = (dz @ rounded(kernel).astype(np.float64))[predicts]
+    size = np.abs(want).max(-1)
+    assert np.median(size) < 0.1  # most of them are confident
+    assert (np.abs(got[predicts] - want).max(-1) <= 0.01 * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("head", [FROZEN, TRAINED])
+def test_bfloat16_scores(batch: Batch, inputs: Any, head: Head) -> None:
+    """Operands are rounded, nothing else is."""
+    want, _ = dense(*(rounded(x) for x in inputs), batch, head)
+    got = token_scores(*map(jnp.asarray, inputs), batch, replace(head, dtype=jnp.bfloat16), free)
+    np.testing.assert_allclose(got.logp, want["logp"], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(got.entropy, want["entropy"], atol=1e-5, rtol=1e-5)
