@@ -69,6 +69,7 @@ class Engine:
     stop_tokens   end every answer, besides each request's own
     max_length    longest prompt and answer together; the model's own limit by default
     steps         tokens sampled between two looks of the host
+    shards        devices that the rows of a batch are cut over: rows come in multiples of it
     """
 
     def __init__(
@@ -81,11 +82,14 @@ class Engine:
         slots: int = 64,
         max_length: int | None = None,
         steps: int = 32,
+        shards: int = 1,
     ) -> None:
         # Per-layer weights: slices of stacked ones would be copied for every token.
         self.base = base | {"layers": unstack(base["layers"])}
         self.model, self.text, self.stop_tokens = model, decode, stop_tokens
-        self.slots, self.steps = bucket(slots), steps
+        # XLA's bfloat16 product with one row is over ten times slower than with two on a CPU.
+        self.fewest = max(bucket(shards), 2 if model.numerics.compute == jnp.bfloat16 else 1)
+        self.slots, self.steps = max(bucket(slots), self.fewest), steps
         self.max_length = max_length or model.config.max_positions
 
     def generate(
@@ -151,9 +155,7 @@ class _Run:
         self.state = self._empty()
 
     def _slots(self, rows: int) -> int:
-        # XLA's bfloat16 product with one row is over ten times slower than with two on a CPU.
-        slow_single = self.engine.model.numerics.compute == jnp.bfloat16
-        return min(bucket(rows, 2 if slow_single else 1), max(self.engine.slots, 2))
+        return min(bucket(rows, self.engine.fewest), self.engine.slots)
 
     def _stops(self, params: SamplingParams) -> tuple[int, ...]:
         return (*self.engine.stop_tokens, *params.stop_tokens)
@@ -187,11 +189,15 @@ class _Run:
         for length, group in groups.items():
             self._insert(length, group)
 
+    def _fewest(self) -> int:
+        """Fewer prompts than this are filled up, so that few sizes are compiled."""
+        return max(min(len(self.rows), 8), self.engine.fewest)
+
     def _insert(self, length: int, group: list[tuple[int, _Row]]) -> None:
         engine = self.engine
         distinct = list({row.request: row.prompt for _, row in group}.items())
         number = {request: p for p, (request, _) in enumerate(distinct)}
-        count = bucket(len(distinct), min(len(self.rows), 8))
+        count = bucket(len(distinct), self._fewest())
         tokens = np.zeros((count, length), np.int32)
         lengths = np.zeros((count,), np.int32)
         for p, (_, prompt) in enumerate(distinct):
@@ -199,7 +205,7 @@ class _Run:
             tokens[p, : len(prompt) - 1], lengths[p] = prompt[:-1], len(prompt) - 1
         length = min(length, self.size)
         kv = device.prefill(engine.model, engine.base, tokens[:, :length], lengths)
-        many = bucket(len(group), min(len(self.rows), 8))
+        many = bucket(len(group), self._fewest())
         where = np.full((many,), len(self.rows), np.int32)
         prompt = np.zeros((many,), np.int32)
         for m, (i, row) in enumerate(group):

@@ -25,7 +25,8 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
     source = resolve(model)
     tokenizer = load_tokenizer(source)
     dtype = DTYPES[resolve_dtype(config.dtype)]
-    loaded = load_model(source, make_mesh(config.mesh), param_dtype=dtype, compute_dtype=dtype)
+    mesh = make_mesh(config.mesh)
+    loaded = load_model(source, mesh, param_dtype=dtype, compute_dtype=dtype)
     base = jax.jit(loaded.model.merge, donate_argnums=1)(loaded.adapter, loaded.base)
     engine = Engine(
         replace(loaded.model, adapter=None),
@@ -33,5 +34,6 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
         decode=tokenizer.decode,
         stop_tokens=tuple(dict.fromkeys((*loaded.stop_tokens, *tokenizer.stop_tokens))),
         slots=config.batch_size,
+        shards=mesh.shape["data"] * mesh.shape["fsdp"],
     )
     return engine, tokenizer, loaded.base_hash
