@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import batches, flops, machine, stats, tables
@@ -71,46 +72,72 @@ def cold_start(session: Session, job: Mapping[str, Any], guard: Guard) -> float:
     return reply["compile_s"]
 
 
-def measure(
-    session: Session, job: Mapping[str, Any], who: Sequence[Contender], guard: Guard
-) -> dict[str, Any]:
-    """Starts, first steps and rounds of every contender, all loaded at once or one after another."""
-    options, logs = session.options, session.work / "logs"
-    out: dict[str, Any] = {"starts": {}, "learned": {}, "rounds": []}
+@dataclass
+class Contest:
+    """The starts, first and warm-up steps, and rounds of one case, by contender."""
 
-    def begin(contender: Contender, stack: ExitStack) -> Worker:
-        worker, reply = start(contender, job, guard, logs, session.say)
+    session: Session
+    job: Mapping[str, Any]
+    guard: Guard
+    starts: dict[str, Any] = field(default_factory=dict)
+    learned: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, contender: Contender, stack: ExitStack) -> Worker:
+        """A worker past its warm-up."""
+        worker, reply = start(contender, self.job, self.guard, self.session.work / "logs", self.session.say)
         stack.enter_context(worker)
-        out["starts"].setdefault(contender.name, reply)
-        learned = learn(worker, options.warmup)
-        out["learned"].setdefault(contender.name, learned)
-        session.say(f"    first-step loss {learned['first']['losses'][0]:.6f}")
+        learned = learn(worker, self.session.options.warmup)
+        self.starts.setdefault(contender.name, reply)
+        self.learned.setdefault(contender.name, learned)
+        loss, seconds = learned["first"]["losses"][0], learned["warmup"]["wall_s"]
+        self.session.say(f"    first-step loss {loss:.6f}, warm-up {seconds:.2f} s")
         return worker
 
-    message = {"steps": options.steps}
-    if session.together:
+    def elect(self, candidates: Sequence[Contender], stack: ExitStack) -> Worker:
+        """The candidate with the fastest warm-up; the others quit, for their memory."""
+        best = self.begin(candidates[0], stack)
+        for contender in candidates[1:]:
+            names = (best.contender.name, contender.name)
+            new = self.begin(contender, stack)
+            old_s, new_s = (self.learned[n]["warmup"]["wall_s"] for n in names)
+            best, worse = (new, best) if new_s < old_s else (best, new)
+            worse.quit()
+        return best
+
+    def together(self, who: Sequence[Contender]) -> None:
+        """Everybody loaded at once, in interleaved rounds; of a rival's rows only the best."""
+        options, say = self.session.options, self.session.say
+        groups = [[c for c in who if c.rival == rival] for rival in dict.fromkeys(c.rival for c in who)]
+        if options.all_rows:
+            groups = [[c] for c in who]
         with ExitStack() as stack:
-            workers = [begin(c, stack) for c in who]
-            check(session, out, job["precision"])
-            guard.settle()
-            out["rounds"] = interleave(workers, message, range(options.rounds), guard, session.say)
-        return out
-    half = range(-(-options.rounds // 2))
-    for index, order in enumerate((who, who[::-1])):
-        for contender in order:
-            with ExitStack() as stack:
-                worker = begin(contender, stack)
-                found = interleave([worker], message, half, guard, session.say)
-                out["rounds"] += [{**r, "pass": index} for r in found]
-    check(session, out, job["precision"])
-    return out
+            workers = [self.elect(group, stack) for group in groups]
+            self.gaps = check(self.session, self.learned, self.job["precision"])
+            self.guard.settle()
+            message = {"steps": options.steps}
+            self.rounds = interleave(workers, message, range(options.rounds), self.guard, say)
+
+    def alone(self, who: Sequence[Contender]) -> None:
+        """One after another, in two passes of opposite order."""
+        options = self.session.options
+        half, message = range(-(-options.rounds // 2)), {"steps": options.steps}
+        for index, order in enumerate((who, who[::-1])):
+            for contender in order:
+                with ExitStack() as stack:
+                    worker = self.begin(contender, stack)
+                    found = interleave([worker], message, half, self.guard, self.session.say)
+                    self.rounds += [{**r, "pass": index} for r in found]
+        self.gaps = check(self.session, self.learned, self.job["precision"])
 
 
-def check(session: Session, out: dict[str, Any], precision: str) -> None:
-    """First losses are equal, or nothing is published."""
-    first = {name: learned["first"]["losses"][0] for name, learned in out["learned"].items()}
-    out["gaps"] = stats.check_losses(first, OURS, precision)
+def check(session: Session, learned: Mapping[str, Any], precision: str) -> dict[str, float]:
+    """Gaps of the first losses, which are equal within the tolerance, or nothing is published."""
+    first = {name: steps["first"]["losses"][0] for name, steps in learned.items()}
+    gaps = stats.check_losses(first, OURS, precision)
     session.say(f"  first-step losses equal within {stats.LOSS_RTOL[precision]:g}")
+    return gaps
 
 
 def curve(found: Mapping[str, Any], name: str) -> list[float]:
@@ -130,7 +157,8 @@ def rows(
     found: Mapping[str, Any], who: Sequence[Contender], label: Mapping[str, Any], worth: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Table rows of one case. `worth` says how many percent of each peak one token a second is."""
-    return [{**label, "contender": c.name, **row(found, c.name, worth)} for c in who]
+    measured = {r["contender"] for r in found["rounds"]}
+    return [{**label, "contender": c.name, **row(found, c.name, worth)} for c in who if c.name in measured]
 
 
 def row(found: Mapping[str, Any], name: str, worth: Mapping[str, float]) -> dict[str, Any]:
@@ -184,6 +212,15 @@ def headline(
     ]
 
 
+def dropped(found: Mapping[str, Any]) -> list[str]:
+    """A line for each row that its rival's better one made superfluous, with the speed of its warm-up."""
+    measured = {r["contender"] for r in found["rounds"]}
+    out = {n: steps["warmup"] for n, steps in found["learned"].items() if n not in measured}
+    return [
+        f"{n}: {w['tokens'] / w['wall_s']:.0f} tok/s in its warm-up, not the best" for n, w in out.items()
+    ]
+
+
 def case(session: Session, data: str, precision: str, threads: int) -> dict[str, Any]:
     """One precision and thread count on one kind of data."""
     options, guard = session.options, session.guard(threads)
@@ -200,13 +237,20 @@ def case(session: Session, data: str, precision: str, threads: int) -> dict[str,
         cache=str(session.work / f"cache-{data}-{precision}-{threads}"),
     )
     who = session.chosen(contenders(options, data, precision))
-    cold = cold_start(session, job, guard)
-    found = measure(session, job, who, guard) | {"cold_compile_s": cold}
+    cold, contest = cold_start(session, job, guard), Contest(session, job, guard)
+    contest.together(who) if session.together else contest.alone(who)
+    found = {
+        "starts": contest.starts,
+        "learned": contest.learned,
+        "rounds": contest.rounds,
+        "gaps": contest.gaps,
+        "cold_compile_s": cold,
+    }
     for name, reply in found["starts"].items():
         session.versions.setdefault(name, reply["versions"])
     work = flops.read(session.folder).lora_train(steps.context())
     table = rows(found, who, label, utilisation(work, peak, precision))
-    lines = [*headline(found, who, table), *warnings(found["rounds"])]
+    lines = [*headline(found, who, table), *dropped(found), *warnings(found["rounds"])]
     lines = [f"{data} {precision} x{threads}: {line}" for line in lines]
     return {"case": label, "flops_a_token": work, **found, "rows": table, "headline": lines}
 
@@ -231,6 +275,9 @@ def main() -> None:
     p.add_argument("--mixed-length", type=int, default=1024, help="their length, and where examples are cut")
     p.add_argument("--steps", type=int, default=2, help="steps a round")
     p.add_argument("--warmup", type=int, default=2, help="steps between the first and the rounds")
+    p.add_argument(
+        "--all-rows", action="store_true", help="rounds for every setting of a peer, not its best alone"
+    )
     p.add_argument("--compile-peer", action="store_true", help="a row for the bare loop under torch.compile")
     session = Session(p.parse_args())
     session.prepare(orders(session.options))

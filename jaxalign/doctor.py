@@ -92,9 +92,7 @@ def check_python(version: tuple[int, ...]) -> list[Check]:
     if version < (3, 11):
         return [Check("software", "python", shown, "fail", "jaxalign needs Python 3.11 or newer")]
     if version < (3, 12):
-        advice = (
-            "Python 3.12 or newer gets a newer jax: bfloat16 training on a CPU is about three times as fast"
-        )
+        advice = "Python 3.12 or newer gets a newer jax, whose bfloat16 is several times as fast on a CPU"
         return [Check("software", "python", shown, "warn", advice)]
     return [Check("software", "python", shown)]
 

@@ -17,7 +17,7 @@ from jaxalign.models.source import resolve
 from jaxalign.models.store import read_json
 from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan, mesh_sizes
 from jaxalign.registry import FAMILIES
-from jaxalign.train.assemble import HEADROOM, REMAT, learning_rate
+from jaxalign.train.assemble import HEADROOM, learning_rate, remat_policies
 from jaxalign.train.inputs import default_batch_size, read_inputs, total_steps
 from jaxalign.train.optim import make_optimizer, make_schedule
 from jaxalign.train.settings import TrainConfig
@@ -135,9 +135,8 @@ def _with_data(job: Job, model: str, data: Any, config: TrainConfig) -> Job:
 
 def _with_remat(job: Job, asked: str) -> Job:
     """The job with the policy that the run would take: `auto` keeps as much as the device holds."""
-    jobs = [replace(job, model=replace(job.model, remat=policy)) for policy in REMAT]
-    if asked != "auto":
-        return jobs[REMAT.index(asked)]
+    policies = remat_policies(asked, "cpu" if job.machine.is_cpu else "accelerator")
+    jobs = [replace(job, model=replace(job.model, remat=policy)) for policy in policies]
     memory = job.machine.memory
     if memory is None or job.machine.is_cpu:  # nothing tells the run where the limit is
         return jobs[0]

@@ -53,7 +53,7 @@ def make_mesh(config: MeshConfig | None = None, devices: list[Any] | None = None
         raise UserError(
             f"the mesh {asked} does not cover {len(devices)} device(s)",
             place="mesh",
-            remedy="make mesh.data x mesh.fsdp x mesh.tensor equal the number of devices; one of them may be -1",
+            remedy="make mesh.data x mesh.fsdp x mesh.tensor equal the number of devices; one may be -1",
         )
     # Auto: the compiler places what the rules leave open. make_mesh defaults to Explicit axes.
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -1,4 +1,4 @@
-"""Plain data that crosses module boundaries. Axis letters: B batch, G group, T time, D model, V vocabulary."""
+"""Plain data that crosses module boundaries. Axes: B batch, G group, T time, D model, V vocabulary."""
 
 from __future__ import annotations
 

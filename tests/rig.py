@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Model
 from jaxalign.objectives.sft import SFT
@@ -17,9 +18,7 @@ from jaxalign.train.feed import place
 from jaxalign.train.state import TrainState, init_state, state_shardings
 from jaxalign.train.step import make_step
 from jaxalign.types import Batch, Params
-
-# Compiling is most of the time of these tests, and they do not time what comes out.
-QUICK = {"xla_backend_optimization_level": 0}
+from tests.tiny import quick
 
 
 def random_tree(shapes: Params, seed: int) -> Params:
@@ -44,6 +43,12 @@ class Rig:
     objective: Any = SFT()
     seed: int = 0
 
+    def devices(self) -> Mesh:
+        """The mesh itself."""
+        data, fsdp, tensor = self.mesh
+        config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+        return make_mesh(config, jax.devices()[: data * fsdp * tensor])
+
     def weights(self) -> tuple[Params, Params]:
         """(adapter, base) on the host, the same for every mesh."""
         adapter, base = self.model.shapes()
@@ -51,8 +56,7 @@ class Rig:
 
     def start(self) -> tuple[Any, TrainState, Params]:
         """The mesh's jitted step, the state before it, and the frozen base, placed."""
-        data, fsdp, tensor = self.mesh
-        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+        mesh = self.devices()
         model = replace(self.model, constrain=constrainer(mesh))
         shardings = [tree_shardings(mesh, a, s) for a, s in zip(model.axes(), model.shapes(), strict=True)]
         placed = jax.device_put(self.weights(), tuple(shardings))
@@ -65,9 +69,7 @@ class Rig:
 
     def place(self, batch: Batch) -> Batch:
         """A host batch [A, B, G, T] on this mesh."""
-        data, fsdp, tensor = self.mesh
-        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-        return place(batch, mesh)
+        return place(batch, self.devices())
 
     def run(self, batch: Batch) -> tuple[Params, dict[str, float]]:
         """What one step on a host batch [A, B, G, T] takes away from the trained parameters (with the default
@@ -88,7 +90,7 @@ def program(rig: Rig, shape: tuple[int, ...]) -> Any:
     """The compiled step of `rig` for batches of this shape [A, B, G, T]; compiled once for all tests."""
     step, state, base = rig.start()
     host = Batch(*(np.zeros(shape, d) for d in (np.int32, bool, np.int32, np.int32)))
-    return step.lower(state, base, rig.place(host)).compile(compiler_options=QUICK)
+    return step.lower(state, base, rig.place(host)).compile(compiler_options=quick())
 
 
 def assert_same_step(got: tuple[Params, dict[str, float]], want: tuple[Params, dict[str, float]]) -> None:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,42 @@ def test_sft_rows_and_headline():
     assert trl["gap-curve"] == pytest.approx(0.01)
     (line,) = sft.headline(sft_result(), who, [ours, trl])
     assert line.startswith("ours over TRL: 4 (4-4)")
+
+
+class Pace:
+    """A worker whose warm-up takes `seconds`."""
+
+    def __init__(self, contender: Contender, log: list[str]) -> None:
+        self.contender, self.log = contender, log
+
+    def __enter__(self) -> Pace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.log.append(self.contender.name)
+        seconds = self.contender.options["seconds"]
+        return {"wall_s": seconds, "cpu_s": seconds, "losses": [2.0], "tokens": 100}
+
+    def quit(self) -> None:
+        self.log.append(f"quit {self.contender.name}")
+
+
+def test_the_fastest_row_of_a_rival_goes_into_the_rounds(monkeypatch, tmp_path):
+    log: list[str] = []
+    rows = [("jaxalign", "", 1.0), ("a1", "a", 3.0), ("a2", "a", 2.0), ("b", "b", 9.0)]
+    who = [Contender(name, "", "", rival, {"seconds": s}) for name, rival, s in rows]
+    monkeypatch.setattr(sft, "start", lambda contender, *_: (Pace(contender, log), {"ready_s": 1.0}))
+    options = SimpleNamespace(warmup=1, steps=1, rounds=2, all_rows=False)
+    session: Any = SimpleNamespace(options=options, work=tmp_path, say=lambda _: None)
+    contest = sft.Contest(session, {"precision": "f32"}, Guard(1, read=lambda: 0.0))
+    contest.together(who)
+    assert [r["contender"] for r in contest.rounds] == ["jaxalign", "a2", "b"] * 2
+    assert [x for x in log if x.startswith("quit")] == ["quit a1"]
+    (line,) = sft.dropped({"rounds": contest.rounds, "learned": contest.learned})
+    assert line.startswith("a1: 33 tok/s")
 
 
 def test_sft_contenders_cover_every_rival():

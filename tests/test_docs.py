@@ -168,6 +168,7 @@ def test_an_example_configuration_says_what_it_took_and_what_it_gave(path):
     header = _header(path)
     assert list(header) == ["Command", "Hardware", "Time", "Result"]
     assert str(path.relative_to(ROOT)) in header["Command"]
+    assert "TODO" not in " ".join(header.values())
     assert re.search(r"\d", header["Time"])
     assert re.search(r"\d", header["Result"])
 

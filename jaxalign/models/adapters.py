@@ -27,7 +27,9 @@ class LoraConfig(Config):
     """numerator of the scale"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """share of the adapter's input that is dropped while training"""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = TARGETS
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        default=TARGETS, min_length=1
+    )
     """linear layers that get an adapter"""
     rslora: bool = False
     """rank-stabilised scale alpha / sqrt(rank) (arXiv:2312.03732)"""

@@ -29,7 +29,9 @@ class Attend(Protocol):
         scale: float,
         softcap: float | None,
         numerics: Numerics,
-    ) -> jax.Array: ...
+    ) -> jax.Array:
+        """Softmax of the capped, scaled scores over what is allowed, times the values."""
+        ...
 
 
 def causal(segments: jax.Array, positions: jax.Array, window: int) -> jax.Array:
@@ -72,7 +74,8 @@ def _core(
     gradient but computed again."""
     scores = matmul(q * scale, jnp.swapaxes(k, -1, -2), numerics.compute)
     weights = _softmax(scores, allowed[..., None, :], softcap)
-    return matmul(weights, v, numerics.compute).astype(numerics.activation)
+    out: jax.Array = matmul(weights, v, numerics.compute)
+    return out.astype(numerics.activation)
 
 
 def attend_xla(
@@ -86,7 +89,7 @@ def attend_xla(
     numerics: Numerics,
 ) -> jax.Array:
     """Batched products: the form for accelerators and for sharded arrays, and the oracle of every other."""
-    out = _core(_grouped(q, k.shape[1]), k, v, allowed[:, None], scale, softcap, numerics)
+    out: jax.Array = _core(_grouped(q, k.shape[1]), k, v, allowed[:, None], scale, softcap, numerics)
     return checkpoint_name(out.transpose(0, 2, 1, 3, 4).reshape(q.shape), PRODUCT)
 
 

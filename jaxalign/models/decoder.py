@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -142,8 +143,7 @@ class Ends(nnx.Module):
         self.head = None if c.tied else Embedding(c.vocab_size, c.hidden_size, rngs)
 
 
-# What a layer keeps for its gradient: everything, the results of its products, or only its input. On a CPU
-# `dots` is also the fastest: fresh memory costs more there than elementwise arithmetic.
+# What a layer keeps for its gradient: everything, the results of its products, or only its input.
 REMAT = {
     "none": lambda f: f,
     "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
@@ -200,7 +200,7 @@ class Model:
 
     def init_adapter(self, key: jax.Array) -> Params:
         """The adapter's start, float32."""
-        # 0 and 1 are what `init` splits the key into: with them the adapter would repeat the kernels' numbers.
+        # `init` splits the key into 0 and 1: with those the adapter would repeat the kernels' numbers.
         keys = jax.random.split(jax.random.fold_in(key, 2), self.config.num_layers)
         return only_adapters({"layers": jax.vmap(lambda k: only_adapters(self._adapted.init(k)))(keys)})
 
@@ -219,7 +219,9 @@ class Model:
         With a cache the positions of a row are consecutive and say which slots are written. `key` switches
         training noise (adapter dropout, NEFTune) on.
         """
-        x, shared = self.begin(base, tokens, segments, positions, None if cache is None else cache[0][0].shape[2])
+        x, shared = self.begin(
+            base, tokens, segments, positions, None if cache is None else cache[0][0].shape[2]
+        )
         if key is not None and self.neftune_alpha:
             x = x + self._neftune(jax.random.fold_in(key, 0), x, segments)
         layers = _adapt(base["layers"], adapter["layers"]) if adapter else base["layers"]
@@ -231,7 +233,12 @@ class Model:
         return self._bound_ends(base).final_norm(x), cache
 
     def begin(
-        self, base: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array, size: int | None = None
+        self,
+        base: Params,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        size: int | None = None,
     ) -> tuple[jax.Array, list[Any]]:
         """What stands before the layers: x [N, T, D], and (angles, allowed) of each kind of attention layer.
         `size` is the number of cache slots, where there is a cache."""
@@ -239,27 +246,31 @@ class Model:
         return self.constrain(x, "batch", None, None), self._shared(segments, positions, size)
 
     def layer(self, params: Params, x: jax.Array, angles: Any, allowed: jax.Array) -> tuple[jax.Array, KV]:
-        """One layer without adapter or cache, from its own (not stacked) weights: x, and its keys and values."""
+        """One layer without adapter or cache, from its own (not stacked) weights: x, and keys and values."""
         return self._block.bind()(params)(x, angles, allowed, self._context(None))
 
     def _bound_ends(self, base: Params) -> Any:
         return self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
 
     def _context(self, start: jax.Array | None) -> Context:
-        return Context(self.numerics, ATTENTION[self.attention], self.constrain, start)
+        # One token against a cache is many small products, which belong into one batched call.
+        attend = ATTENTION[self.attention if start is None else "xla"]
+        return Context(self.numerics, attend, self.constrain, start)
 
     def _shared(self, segments: jax.Array, positions: jax.Array, size: int | None) -> list[Any]:
         """(angles, allowed) of each kind of attention layer."""
+        # Dynamic rotary scaling looks at the longest position: that of a token, never that of padding.
+        real = jnp.where(segments != 0, positions, 0)
 
         def kind(rope: Any, window: int) -> Any:
-            allowed = (
-                causal(segments, positions, window) if size is None else cached(positions, size, window)
-            )
-            return rope.angles(positions), allowed
+            allowed = causal(segments, positions, window) if size is None else cached(positions, size, window)
+            return rope.angles(real), allowed
 
         return [kind(rope, window) for rope, window in self.config.kinds]
 
-    def _scanned(self, block: Functional, layers: Params, x: jax.Array, shared: list[Any], key: Any) -> jax.Array:
+    def _scanned(
+        self, block: Functional, layers: Params, x: jax.Array, shared: list[Any], key: Any
+    ) -> jax.Array:
         c, context, bound = self.config, self._context(None), block.bind()
         tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared) if len(shared) > 1 else None
 
@@ -282,7 +293,8 @@ class Model:
         cache: list[KV] | None,
         key: Any,
     ) -> tuple[jax.Array, list[KV] | None]:
-        context, bound, out = self._context(positions[:, 0]), block.bind(), []
+        context = self._context(None if cache is None else positions[:, 0])
+        bound, out = block.bind(), []
         for i, params in enumerate(unstack(layers)):
             angles, allowed = shared[self.config.layer_kinds[i]]
             layer_key = None if key is None else jax.random.fold_in(key, i + 1)
@@ -292,7 +304,7 @@ class Model:
         return x, None if cache is None else out
 
     def _neftune(self, key: jax.Array, x: jax.Array, segments: jax.Array) -> jax.Array:
-        """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) alpha / sqrt(L D), L the length of the example."""
+        """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) alpha / sqrt(L D), L the example's length."""
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] != 0)
         length = same.sum(-1, keepdims=True).astype(jnp.float32)
         scale = jnp.where(length > 0, self.neftune_alpha / jnp.sqrt(jnp.maximum(length, 1) * x.shape[-1]), 0)
@@ -305,8 +317,8 @@ class Model:
     def logits(self, base: Params, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of final hidden states [..., D]: for a few rows, as when decoding."""
         dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-        operands = (x.astype(self.numerics.compute) for x in (hidden, self.unembed(base)))
-        z = jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+        x, w = hidden.astype(self.numerics.compute), self.unembed(base).astype(self.numerics.compute)
+        z = jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
         cap = self.config.final_softcap
         return cap * jnp.tanh(z / cap) if cap else z
 
@@ -349,7 +361,7 @@ def unstack(layers: Params | list[Params]) -> list[Params]:
     if isinstance(layers, list):
         return layers
     count = jax.tree.leaves(layers)[0].shape[0]
-    return [jax.tree.map(lambda leaf: leaf[i], layers) for i in range(count)]
+    return [jax.tree.map(itemgetter(i), layers) for i in range(count)]
 
 
 def parameter_count(shapes: Any) -> int:

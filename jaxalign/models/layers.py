@@ -26,13 +26,17 @@ def _rows(x: jax.Array, w: jax.Array) -> jax.Array:
     return x.reshape(*w.shape[:-2], -1, x.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     """x [*batch, ..., in] @ w [*batch, in, out] -> float32 [*batch, ..., out], operands cast to `dtype`.
 
     The gradient is written out so that its two products contract plain rows, take `dtype` operands and
     accumulate in float32 too: automatic differentiation would multiply in float32 or round the result.
     """
+    return _matmul(x, w, dtype)  # pyright: ignore[reportReturnType]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     return _dot(_rows(x, w), w, (1, 0), dtype).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -49,7 +53,7 @@ def _matmul_backward(dtype: Any, saved: tuple[jax.Array, ...], g: jax.Array) -> 
     return dx.astype(like.dtype), dw.astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class AdapterConfig(Protocol):

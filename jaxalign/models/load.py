@@ -87,10 +87,12 @@ def load_model(
     imported = open_adapter(source.adapter, checkpoint.family.names(config), base_hash)
     if imported and adapter:
         imported.check_against(adapter)
+    platform = mesh.devices.flat[0].platform
     model = Model(
         config,
         adapter or (imported.config if imported else None),
-        Numerics.choose(compute_dtype, mesh.devices.flat[0].platform),
+        Numerics.choose(compute_dtype, platform),
+        attention="loop" if platform == "cpu" and mesh.size == 1 else "xla",
         constrain=constrainer(mesh),
     )
     (adapter_shapes, shapes), (adapter_axes, axes) = model.shapes(), model.axes()

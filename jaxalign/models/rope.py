@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with every frequency scaling that transformers' `rope_parameters` can name here.
+"""Rotary position embeddings, with the frequency scalings of transformers' `rope_parameters`.
 
 RoFormer (arXiv:2104.09864, eq. 34). Angles are computed in float32 from explicit positions, so padding on
 either side and packed rows need no special case.
@@ -68,7 +68,7 @@ def _linear(rope: Rope, positions: jax.Array) -> tuple[jax.Array, float]:
 
 
 def _dynamic(rope: Rope, positions: jax.Array) -> tuple[jax.Array, float]:
-    """NTK-aware scaling: theta grows with the longest position of each row, so rows do not affect each other."""
+    """NTK-aware scaling: theta grows with the longest position of each row; rows do not affect each other."""
     factor = dict(rope.scaling)["factor"]
     length = jnp.maximum(positions.max(axis=-1, keepdims=True) + 1, rope.max_positions).astype(jnp.float32)
     stretch = factor * length / rope.max_positions - (factor - 1)
@@ -77,7 +77,7 @@ def _dynamic(rope: Rope, positions: jax.Array) -> tuple[jax.Array, float]:
 
 
 def _llama3(rope: Rope, positions: jax.Array) -> tuple[jax.Array, float]:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, the band between interpolated."""
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
     s = dict(rope.scaling)
     inverse = 1.0 / _powers(rope, rope.theta)
     low, high, context = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]

@@ -46,9 +46,7 @@ def token_scores(
 ) -> Scores:
     """Scores [B, G, T] of `batch` from final hidden states [B*G, T, D] and the head [V, D]."""
     shape = batch.tokens.shape
-    tokens, segments, mask = (
-        x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segments, batch.mask)
-    )
+    tokens, segments, mask = (x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segments, batch.mask))
     # Column t predicts token t + 1, unless that begins another example; the last column predicts nothing.
     following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
     valid = following(mask) & (following(segments) == segments) & (segments != 0)
@@ -70,7 +68,12 @@ def token_scores(
 
 
 def _chunked(
-    path: Callable[..., Parts], x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array, head: Head
+    path: Callable[..., Parts],
+    x: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    head: Head,
 ) -> Parts:
     """Apply `path` to rows cut into chunks [C, N, c], the rows that predict something first."""
     n, t = targets.shape
@@ -84,7 +87,12 @@ def _chunked(
 
 
 def _cut(
-    path: Callable[..., Parts], x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array, chunk: int
+    path: Callable[..., Parts],
+    x: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    chunk: int,
 ) -> Parts:
     n, m = targets.shape
     chunk = min(chunk, m)

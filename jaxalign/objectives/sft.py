@@ -18,10 +18,10 @@ class SFT(Config):
 
     group: ClassVar[int] = 1
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of the target spread evenly over the vocabulary (arXiv:1512.00567, section 7)"""
-    z_loss: float = Field(0.0, ge=0)
-    """weight of logsumexp(z)^2, which keeps logits from drifting (arXiv:2204.02311, section 5); 1e-4 is usual"""
+    z_loss: float = Field(default=0.0, ge=0)
+    """weight of logsumexp(z)^2, which keeps logits from drifting (arXiv:2204.02311, section 5), say 1e-4"""
     dft: bool = False
     """dynamic fine-tuning (arXiv:2508.05629, eq. 9): each token's loss is scaled by its own probability"""
 

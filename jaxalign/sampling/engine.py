@@ -16,7 +16,6 @@ from jaxalign.sampling import slots as device
 from jaxalign.sampling.samplers import Features, Settings
 from jaxalign.types import Params, SamplingParams
 
-
 Watch = Callable[[int, int, list[int]], None]
 
 
@@ -126,7 +125,9 @@ class Engine:
             raise UserError("empty prompt", place=place, remedy="give at least one token")
         if max(prompt) >= vocabulary or min(prompt) < 0:
             remedy = "use the tokenizer that belongs to the model"
-            raise UserError(f"a token id is outside of the vocabulary ({vocabulary})", place=place, remedy=remedy)
+            raise UserError(
+                f"a token id is outside of the vocabulary ({vocabulary})", place=place, remedy=remedy
+            )
         if params.max_tokens < 1:
             raise UserError(f"max_tokens is {params.max_tokens}", place=place, remedy="ask for at least 1")
         total = len(prompt) + params.max_tokens
@@ -306,7 +307,9 @@ class _Run:
         if active:
             return None
         array = lambda values: np.array(values[:count], np.float32)  # noqa: E731
-        return Sample(np.array(tokens[:count], np.int32), array(row.logp), array(row.sample_logp), finish, text)
+        return Sample(
+            np.array(tokens[:count], np.int32), array(row.logp), array(row.sample_logp), finish, text
+        )
 
 
 def _tokens_until(decode: Callable[[Sequence[int]], str], tokens: list[int], stops: tuple[str, ...]) -> int:

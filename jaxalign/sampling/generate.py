@@ -175,7 +175,12 @@ class _Meter:
     def __init__(self, total: int) -> None:
         self.console, self.total, self.rows, self.tokens = Console(stderr=True), total, 0, 0
         self.start = self.said = time.monotonic()
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         self.bar = Progress(TextColumn("answering"), *columns, console=self.console)
         self.task = self.bar.add_task("answering", total=total, rate="")
 

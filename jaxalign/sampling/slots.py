@@ -70,7 +70,7 @@ def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) ->
     return model.begin(ends, tokens, segments, positions)
 
 
-def prefill(model: Model, base: Params, tokens: jax.Array, lengths: jax.Array) -> list[KV]:
+def prefill(model: Model, base: Params, tokens: Any, lengths: Any) -> list[KV]:
     """Keys and values of P right-padded prompts, tokens int32 [P, T], layer by layer [P, K, T, h].
 
     The host walks the layers, which share one compiled program, so that its size does not grow with depth.
@@ -145,7 +145,7 @@ def decode(
 
 
 def _one(model: Model, features: Features, base: Params, slots: Slots) -> tuple[Slots, Any, Any, Any, Any]:
-    """One token for every row. Rows that are not active write where they wrote before and stay as they are."""
+    """One token for every row. Rows that are not active write where they did before and stay as they are."""
     column = slots.token[:, None]
     ones = jnp.ones_like(column)
     hidden, cache = model.hidden(None, base, column, ones, slots.position[:, None], cache=slots.cache)

@@ -1,0 +1,1 @@
+"""Optimisers, the gradient step, checkpoints, metrics, the loop, and whole runs."""

@@ -28,7 +28,7 @@ from jaxalign.train.state import TrainState, init_state, state_shardings
 from jaxalign.train.step import make_eval, make_step
 from jaxalign.types import Batch, ModelSource, Params
 
-REMAT = ("none", "dots", "full")  # from the fastest to the leanest
+REMAT = ("none", "dots", "full")  # from the one that keeps most to the leanest
 HEADROOM = 0.92  # share of a device's memory that a program may ask for
 
 
@@ -51,6 +51,14 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
             place="batch_size",
             remedy=f"try batch_size={-(-rows // unit) * unit}, less grad_accumulation, or more mesh.tensor",
         )
+
+
+def remat_policies(asked: str, platform: str) -> tuple[str, ...]:
+    """What to try in turn. On a CPU keeping everything is slower than `dots`: fresh memory costs more there
+    than elementwise arithmetic."""
+    if asked != "auto":
+        return (asked,)
+    return REMAT[1:] if platform == "cpu" else REMAT
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Machine:
 
         `auto` takes the first policy whose program fits the device's memory.
         """
-        policies = REMAT if self.config.remat == "auto" else (self.config.remat,)
+        policies = remat_policies(self.config.remat, self.mesh.devices.flat[0].platform)
         state = self.abstract_state
         for policy in policies:
             model = replace(self.weights.model, remat=policy)

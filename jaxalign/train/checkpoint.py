@@ -76,9 +76,10 @@ class Checkpoints:
         metadata = {"format": _FORMAT, "step": step, "identity": self.identity, "about": self.about}
         metadata["progress"] = dict(progress)
         try:
-            job = ocp.save_checkpointables_async(
-                self._path(step), flat, overwrite=True, custom_metadata=metadata
-            )
+            with _context():
+                job = ocp.save_checkpointables_async(
+                    self._path(step), flat, overwrite=True, custom_metadata=metadata
+                )
         except Exception as error:
             raise self._not_saved(step, error) from error
         self._pending = (step, job)
@@ -201,6 +202,13 @@ def _forget_loads() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
+
+
+def _context() -> ocp.Context:
+    """Copies of an array are written whole by one device, not in slices by all: slicing compiles programs."""
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = False
+    return context
 
 
 class _NoOrbax(logging.Filter):

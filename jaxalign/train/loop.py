@@ -64,6 +64,7 @@ class Progress:
     """What a run has to remember between two processes, besides its state. Saved with every checkpoint."""
 
     tokens: int = 0
+    evaluated: int = 0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     train_seconds: float = 0.0
@@ -149,6 +150,8 @@ class Loop:
 
     def _run(self, state: Any, start: int) -> Outcome:
         step, stop = start, False
+        if start:  # a stop leaves no time for an evaluation that is due
+            self._evaluate(state, start)
         self._clock.start()
         with Feed(self.parties.make, start, self.plan.total) as feed:
             for fed in feed:
@@ -165,16 +168,23 @@ class Loop:
     def _pause(self, state: Any, step: int, stop: bool) -> bool:
         """What stands between two steps: evaluation and saving. True ends the run."""
         plan, over = self.plan, stop or step == self.plan.total
-        evaluate = self.parties.evaluate if not stop and _due(step, plan.eval_every, plan.total) else None
-        if not (over or evaluate or step % plan.checkpoint_every == 0):
+        test = (not stop or step == plan.total) and _due(step, plan.eval_every, plan.total)
+        if not (over or test or step % plan.checkpoint_every == 0):
             return False
         self._settle()
-        if evaluate:
-            self._write(step, evaluate(state))
+        if test:
+            self._evaluate(state, step)
         if over or step % plan.checkpoint_every == 0:
             self.checkpoints.save(step, self.parties.parts(state), asdict(self.progress))
         self._clock.start()
         return over
+
+    def _evaluate(self, state: Any, step: int) -> None:
+        """Evaluates and logs, if it is the step for it and it was not done before."""
+        due = _due(step, self.plan.eval_every, self.plan.total) and self.progress.evaluated < step
+        if self.parties.evaluate and due:
+            self._write(step, self.parties.evaluate(state))
+            self.progress.evaluated = step
 
     def _settle(self) -> None:
         """Waits for the step before, whose metrics are ready by now, and logs them if it is their turn."""

@@ -41,6 +41,7 @@ from jaxalign.train.inputs import (
 from jaxalign.train.loop import Loop, Outcome, Parties, Plan, Progress
 from jaxalign.train.metrics import JsonLines, Screen, Silent, Sink, TensorBoard, make_screen, read_lines
 from jaxalign.train.optim import learning_rates
+from jaxalign.train.programs import COMPILATIONS
 from jaxalign.train.settings import TrainConfig, digest, objective_for
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, ModelSource
@@ -57,7 +58,7 @@ class RunResult:
     resumed_from  the update at which this process took over; `step` when there was nothing left to do
     metrics       the last value of every metric, evaluation included
     result        the folder that holds what was trained: adapter/ or model/
-    compiled      {"programs", "seconds"} before the first step; {"late"}: compiled during the run
+    compiled      {"programs", "seconds"} before the first step; {"late"}: anything compiled after it began
     """
 
     folder: Path
@@ -228,8 +229,9 @@ class _Run:
             loop = Loop(
                 plan, parties, checkpoints, sinks, screen.advance, machine.speed, progress, self.notice
             )
-            outcome = loop.run(_state_of(machine, found), start)
-        return outcome, compiled | {"late": programs.late + tests.late}
+            state, before = _state_of(machine, found), COMPILATIONS.count
+            outcome = loop.run(state, start)
+        return outcome, compiled | {"late": COMPILATIONS.count - before}
 
     def _plan(self, total: int, inputs: Inputs) -> Plan:
         c, epoch = self.config, len(inputs.source.rows) / (self.config.batch_size or 1)

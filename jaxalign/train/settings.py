@@ -72,8 +72,8 @@ class TrainConfig(OptimConfig):
     """precision of matrix products; sums, losses and trained weights are float32 always. auto takes bf16
     where the hardware has it"""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """activations computed again in the backward pass instead of kept: none is fastest, full needs least
-    memory; auto takes the first that fits the device"""
+    """activations computed again in the backward pass instead of kept: none is fastest (dots on a
+    CPU), full needs least memory; auto takes the fastest that fits the device"""
 
     eval_data: Path | None = None
     """rows to evaluate on; null takes eval_fraction of the data"""

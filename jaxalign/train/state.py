@@ -24,8 +24,10 @@ class TrainState:
     key: Any
 
 
-def state_shardings(params: Params, optimizer: optax.GradientTransformation, shardings: Params, mesh: Mesh) -> Any:
-    """The `NamedSharding` of every leaf: moments lie like the parameter they belong to, the rest everywhere."""
+def state_shardings(
+    params: Params, optimizer: optax.GradientTransformation, shardings: Params, mesh: Mesh
+) -> Any:
+    """The `NamedSharding` of every leaf: moments lie like their parameter, the rest everywhere."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(optimizer.init, params)
     like = lambda leaf, sharding: sharding if leaf.ndim == len(sharding.spec) else everywhere  # noqa: E731

@@ -17,7 +17,7 @@ from jaxalign.models.decoder import Model, parameter_count
 from jaxalign.models.layers import Linear
 from tests.objectives.vectors import LORA
 from tests.rig import random_tree
-from tests.tiny import arrays, examples, tiny_config, tiny_model, unpacked
+from tests.tiny import arrays, examples, quick_jit, tiny_config, tiny_model, unpacked
 
 CONFIG = tiny_config(qkv_bias=True)
 MODEL = tiny_model(LoraConfig(rank=4, alpha=6.0), CONFIG)
@@ -40,7 +40,9 @@ def test_vector_lora_forward(rslora: bool) -> None:
     layer = Functional(make)
     params = {"kernel": jnp.asarray(LORA["kernel"]), "adapter": golden_factors()}
     x = jnp.asarray(LORA["x"])[None]
-    np.testing.assert_allclose(layer.bind()(params)(x, Numerics())[0], LORA["rslora" if rslora else "lora"], rtol=1e-6)
+    np.testing.assert_allclose(
+        layer.bind()(params)(x, Numerics())[0], LORA["rslora" if rslora else "lora"], rtol=1e-6
+    )
     np.testing.assert_allclose(x @ params["kernel"], [LORA["base"]], rtol=1e-6)
     merged = config.merge(golden_factors(), params["kernel"])
     np.testing.assert_allclose(x @ merged, [LORA["rslora" if rslora else "lora"]], rtol=1e-6)
@@ -58,7 +60,7 @@ def test_scale() -> None:
 
 @pytest.mark.parametrize("init", ["b_zero", "a_zero"])
 def test_start(init: str) -> None:
-    """One factor is zero; the other is uniform on +-1 / sqrt(its inputs), as torch's Linear and so PEFT draw it."""
+    """One factor is zero; the other is uniform on +-1 / sqrt(its inputs), as torch draws a Linear."""
     config = LoraConfig(rank=64, init=init)
     make = lambda rngs: LoRA(config, (400, 300), ("embed", "mlp"), rngs)  # noqa: E731
     factors = Functional(make).init(jax.random.key(0))
@@ -87,16 +89,18 @@ def weights() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def adapted(weights: Any) -> np.ndarray:
     """Hidden states under the random adapter."""
-    return np.asarray(jax.jit(lambda a, b: forward(MODEL, a, b))(*weights))
+    return np.asarray(quick_jit(lambda a, b: forward(MODEL, a, b))(*weights))
 
 
 @pytest.mark.parametrize("init", ["b_zero", "a_zero"])
 def test_at_the_start_the_model_is_its_base_bit_for_bit(weights: Any, init: str) -> None:
     model = tiny_model(LoraConfig(rank=4, init=init), CONFIG)
-    adapter = model.init_adapter(jax.random.key(3))
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(drawn(adapter, "a" if init == "b_zero" else "b")))
-    got = jax.jit(lambda a, b: forward(model, a, b))(adapter, weights[1])
-    assert np.array_equal(got, jax.jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(weights[1]))
+    adapter = quick_jit(model.init_adapter)(jax.random.key(3))
+    assert all(
+        np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(drawn(adapter, "a" if init == "b_zero" else "b"))
+    )
+    got = quick_jit(lambda a, b: forward(model, a, b))(adapter, weights[1])
+    assert np.array_equal(got, quick_jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(weights[1]))
 
 
 def drawn(adapter: Any, name: str) -> list[Any]:
@@ -106,14 +110,14 @@ def drawn(adapter: Any, name: str) -> list[Any]:
 def test_no_adapter_is_the_base_bit_for_bit(weights: Any, adapted: np.ndarray) -> None:
     """The reference policy: the same model without the adapter argument, from the same weights in memory."""
     base = weights[1]
-    reference = jax.jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(base)
-    assert np.array_equal(jax.jit(lambda b: forward(MODEL, None, b))(base), reference)
+    reference = quick_jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(base)
+    assert np.array_equal(quick_jit(lambda b: forward(MODEL, None, b))(base), reference)
     assert np.abs(adapted - np.asarray(reference)).max() > 0.1
 
 
 def test_layers_start_from_numbers_of_their_own() -> None:
     """No two layers, no two targets, and no kernel share random numbers with an adapter."""
-    adapter, base = MODEL.init(jax.random.key(0))
+    adapter, base = quick_jit(MODEL.init)(jax.random.key(0))
     factors = [np.asarray(x).reshape(2, -1)[:, :64] for x in drawn(adapter, "a")]
     flat = np.concatenate([*factors, *[np.asarray(x).reshape(2, -1)[:, :64] for x in drawn(base, "kernel")]])
     ranks = flat.argsort(-1).argsort(-1)
@@ -124,7 +128,7 @@ def test_layers_start_from_numbers_of_their_own() -> None:
 def test_gradients_are_on_the_adapter_only(weights: Any) -> None:
     """The gradient tree is the adapter's, every leaf of it moves, and nothing of the base is in it."""
     adapter, base = weights
-    grads = jax.jit(jax.grad(lambda a, b: jnp.square(forward(MODEL, a, b)).sum()))(adapter, base)
+    grads = quick_jit(jax.grad(lambda a, b: jnp.square(forward(MODEL, a, b)).sum()))(adapter, base)
     assert jax.tree.structure(grads) == jax.tree.structure(adapter)
     assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)]
@@ -141,9 +145,9 @@ def test_size_is_that_of_the_factors() -> None:
 
 def test_merged_weights_give_the_same_model(weights: Any, adapted: np.ndarray) -> None:
     adapter, base = weights
-    merged = jax.jit(MODEL.merge)(adapter, base)
+    merged = quick_jit(MODEL.merge)(adapter, base)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    got = jax.jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(merged)
+    got = quick_jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(merged)
     np.testing.assert_allclose(got, adapted, atol=1e-4)
     untouched = ("attn_norm", "mlp_norm")
     assert all(merged["layers"][n]["scale"] is not None for n in untouched)
@@ -152,10 +156,11 @@ def test_merged_weights_give_the_same_model(weights: Any, adapted: np.ndarray) -
 
 
 def test_merging_into_bfloat16_rounds_once(weights: Any, adapted: np.ndarray) -> None:
-    """The sum is made in float32 and then cast; activations of size 1 move by less than 2e-2 of the largest."""
+    """The sum is made in float32 and then cast; hidden states move by less than 2e-2 of the largest."""
     adapter, base = jax.tree.map(jnp.asarray, weights)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    merged = MODEL.merge(adapter, low)
+    merge = quick_jit(MODEL.merge)
+    merged = merge(adapter, low)
     a, b = (adapter["layers"]["mlp"]["up"]["adapter"][n] for n in "ab")
     kernel = low["layers"]["mlp"]["up"]["kernel"].astype(jnp.float32)
     want = (kernel + 1.5 * jnp.einsum("lir,lro->lio", a, b)).astype(jnp.bfloat16)
@@ -164,8 +169,8 @@ def test_merging_into_bfloat16_rounds_once(weights: Any, adapted: np.ndarray) ->
     assert (np.asarray(got != want)).mean() < 1e-3  # sums that lie on a rounding boundary
     small = jax.tree.map(lambda x: 0.1 * x, adapter)
     wide = tiny_model(None, CONFIG)
-    a = jax.jit(lambda a, b: forward(MODEL, a, b))(small, low)
-    b = jax.jit(lambda b: forward(wide, None, b))(MODEL.merge(small, low))
+    a = quick_jit(lambda a, b: forward(MODEL, a, b))(small, low)
+    b = quick_jit(lambda b: forward(wide, None, b))(merge(small, low))
     assert np.abs(np.asarray(a - b)).max() < 2e-2 * np.abs(np.asarray(a)).max()
 
 
@@ -185,8 +190,10 @@ def test_some_targets_only(weights: Any) -> None:
         for factor in "ab"
     }
     tree = random_tree(adapter, 1)
-    got = jax.jit(lambda a, b: forward(model, a, b))(tree, weights[1])
-    merged = jax.jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(model.merge(tree, weights[1]))
+    got = quick_jit(lambda a, b: forward(model, a, b))(tree, weights[1])
+    merged = quick_jit(lambda b: forward(tiny_model(None, CONFIG), None, b))(
+        quick_jit(model.merge)(tree, weights[1])
+    )
     np.testing.assert_allclose(got, merged, atol=1e-4)
 
 
@@ -211,11 +218,13 @@ def test_dropout_keeps_the_expectation_and_spares_the_base() -> None:
     x = jnp.ones((1, 40))
     plain = layer(x, w, jnp.float32, None)
     np.testing.assert_allclose(plain, x @ w + (x @ a) @ b, rtol=1e-4, atol=1e-4)
-    many = jax.jit(jax.vmap(lambda k: layer(x, w, jnp.float32, k)))(jax.random.split(jax.random.key(0), 4000))
+    many = quick_jit(jax.vmap(lambda k: layer(x, w, jnp.float32, k)))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
     error = np.asarray(many).std(0) / 4000**0.5
     assert (np.abs(many.mean(0) - plain) < 5 * error).all()
     assert (error > 0).all()
-    # With identity factors the output shows which inputs were dropped, and that the rest is scaled by 1 / (1 - p).
+    # Identity factors show which inputs were dropped, and that the rest is scaled by 1 / (1 - p).
     eye = LoRA(replace_config(config, rank=40, alpha=40.0), (40, 40), ("a", "b"), nnx.Rngs(0))
     shown = nnx.merge(nnx.split(eye)[0], nnx.State({"a": jnp.eye(40), "b": jnp.eye(40)}))
     out = shown(jnp.ones((200, 40)), jnp.zeros((40, 40)), jnp.float32, jax.random.key(1))
@@ -230,8 +239,8 @@ def replace_config(config: LoraConfig, **fields: Any) -> LoraConfig:
 
 def test_dropout_comes_with_a_key_only_and_differs_by_layer(weights: Any, adapted: np.ndarray) -> None:
     model = replace(MODEL, adapter=replace_config(LoraConfig(rank=4, alpha=6.0), dropout=0.3))
-    run = jax.jit(lambda a, b, k: forward(model, a, b, k))
-    quiet = jax.jit(lambda a, b: forward(model, a, b))(*weights)
+    run = quick_jit(lambda a, b, k: forward(model, a, b, k))
+    quiet = quick_jit(lambda a, b: forward(model, a, b))(*weights)
     assert np.array_equal(quiet, adapted)
     one, same, other = (np.asarray(run(*weights, jax.random.key(i))) for i in (1, 1, 2))
     assert np.array_equal(one, same)
@@ -239,7 +248,9 @@ def test_dropout_comes_with_a_key_only_and_differs_by_layer(weights: Any, adapte
     assert np.abs(one - adapted)[np.asarray(BATCH.segments[:, 0]) > 0].min(-1).max() > 0
 
 
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ("lm_head",)}])
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ("lm_head",)}, {"targets": ()}]
+)
 def test_values_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         LoraConfig(**bad)

@@ -99,7 +99,7 @@ def test_linear(bias: bool) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(offset: float) -> None:
-    """x / sqrt(mean(x^2) + eps) * (scale + offset), in float32 whatever comes in; it starts as the plain norm."""
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) in float32, whatever comes in; at first the plain norm."""
     norm = Functional(lambda rngs: RMSNorm(6, 1e-2, offset))
     x = operands(((3, 6), (1, 1)))[0]
     unit = np.asarray(x) / np.sqrt((np.asarray(x) ** 2).mean(-1, keepdims=True) + 1e-2)
@@ -148,7 +148,9 @@ def test_activations_are_those_of_their_names() -> None:
 def test_functional_keeps_out_what_is_not_a_parameter() -> None:
     """Shapes, axes and random parameters are one and the same tree."""
     layer = Functional(
-        lambda rngs: nnx.Sequential(RMSNorm(4, 1e-5), Linear("o", (4, 4), ("a", "b"), rngs, bias=True, adapter=None))
+        lambda rngs: nnx.Sequential(
+            RMSNorm(4, 1e-5), Linear("o", (4, 4), ("a", "b"), rngs, bias=True, adapter=None)
+        )
     )
     shapes, axes, params = layer.shapes, layer.axes, layer.init(jax.random.key(0))
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(shapes)]

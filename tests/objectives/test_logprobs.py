@@ -16,7 +16,7 @@ from jaxalign.objectives.base import Scores
 from jaxalign.objectives.logprobs import Head, token_scores
 from jaxalign.types import Batch
 from tests.objectives import vectors as golden
-from tests.tiny import lay_out
+from tests.tiny import lay_out, quick_jit
 
 T, D, V = 11, 8, 13
 FIELDS = ("logp", "logsumexp", "mean_logit", "correct", "entropy")
@@ -77,11 +77,11 @@ def compiled(head: Head) -> Any:
         grads, scores = jax.grad(loss, (0, 1), has_aux=True)(hidden, kernel)
         return scores, grads
 
-    return jax.jit(run)
+    return quick_jit(run)
 
 
 def dense(hidden: np.ndarray, kernel: np.ndarray, batch: Batch, head: Head) -> tuple[dict[str, Any], Any]:
-    """Every score by its definition and the gradients of their weighted sum, from logits [B, G, T, V] in float64."""
+    """Every score by its definition, from all logits in float64, and the gradients of their weighted sum."""
     h, k = hidden.astype(np.float64).reshape(*batch.tokens.shape, -1)[:, :, :-1], kernel.astype(np.float64)
     raw = h @ k.T
     cap = head.softcap
@@ -124,7 +124,7 @@ def test_scores_and_gradients_are_those_of_the_dense_path(batch: Batch, inputs: 
 
 
 def test_chunks_are_counted_in_tokens_of_a_device() -> None:
-    """Four rows that lie on two devices: two rows a device, so 4 tokens are 2 columns; and it changes nothing."""
+    """Four rows that lie on two devices: two rows a device, so 4 tokens are 2 columns."""
     spread = Head(chunk=4, compact=False, spread=2)
     seen: list[tuple[int, ...]] = []
 
@@ -163,8 +163,7 @@ def test_only_targets_reach_the_scores(batch: Batch, inputs: Any, head: Head) ->
     other = np.where(predicts[..., None], hidden, 1e3 * hidden[::-1])
     changed = replace(batch, tokens=np.where(scores.mask, batch.tokens, (batch.tokens + 5) % V))
     scores_2, grads_2 = compiled(head)(other, kernel, changed)
-    for a, b in zip(jax.tree.leaves((scores, grads[0])), jax.tree.leaves((scores_2, grads_2[0])), strict=True):
-        assert np.array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, (scores, grads[0]), (scores_2, grads_2[0]))
     assert not np.asarray(grads[0])[~predicts].any()
     # ... while a target's own id does change its score
     moved = compiled(head)(hidden, kernel, replace(batch, tokens=(batch.tokens + 1) % V))[0]
@@ -190,7 +189,8 @@ def golden_scores(temperature: float, head: Head) -> Scores:
     row = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
     ones = jnp.ones((1, 1, 5), jnp.int32)
     batch = Batch(row(golden.TOKENS), row(golden.MASK), ones, jnp.arange(5)[None, None])
-    return token_scores(jnp.asarray(golden.LOGITS)[None] / temperature, jnp.eye(4), batch, head, free)
+    hidden = jnp.asarray(golden.LOGITS)[None] / temperature
+    return quick_jit(lambda h: token_scores(h, jnp.eye(4), batch, head, free))(hidden)
 
 
 @pytest.mark.parametrize("head", [Head(chunk=2), Head(chunk=2, trained=True)])
@@ -213,7 +213,8 @@ def test_vector_packing_masks() -> None:
     row = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
     mask = jnp.ones((1, 1, 6), bool)
     batch = Batch(row([7, 8, 9, 4, 5, 0]), mask, row(golden.SEGMENTS), row(golden.POSITIONS))
-    scores = token_scores(jnp.ones((1, 6, D)), jnp.ones((V, D)), batch, Head(), free)
+    ones = jnp.ones((1, 6, D)), jnp.ones((V, D))
+    scores = quick_jit(lambda h, k: token_scores(h, k, batch, Head(), free))(*ones)
     assert scores.mask[0, 0].astype(int).tolist() == golden.TARGETS
     assert (np.asarray(scores.logp[0, 0]) != 0).astype(int).tolist() == golden.TARGETS
 
@@ -237,13 +238,14 @@ def test_bfloat16_gradient_of_confident_tokens(
     sure = 1.4 * kernel[np.roll(batch.tokens.reshape(-1, T), -1, axis=1)]
     hidden, kernel = jnp.asarray(sure + 0.3 * noise, jnp.bfloat16), jnp.asarray(kernel, kernel_dtype)
     nll = lambda h: -token_scores(h, kernel, batch, head, free).logp.sum()  # noqa: E731
-    got = np.asarray(jax.grad(nll)(hidden), np.float64)
+    got = np.asarray(quick_jit(jax.grad(nll))(hidden), np.float64)
     # The same numbers: operands are rounded to bfloat16 first, and everything after that is exact.
     z = np.asarray(hidden, np.float64) @ rounded(kernel).astype(np.float64).T
     p = np.exp(z - z.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     dz = p - np.eye(V)[np.roll(batch.tokens.reshape(-1, T), -1, axis=1)]
-    predicts = np.roll(np.asarray(token_scores(hidden, kernel, batch, head, free).mask), -1, -1).reshape(-1, T)
+    mask = dense(*inputs, batch, head)[0]["mask"]
+    predicts = np.roll(np.asarray(mask), -1, -1).reshape(-1, T)
     want = (dz @ rounded(kernel).astype(np.float64))[predicts]
     size = np.abs(want).max(-1)
     assert np.median(size) < 0.1  # most of them are confident
@@ -254,6 +256,6 @@ def test_bfloat16_gradient_of_confident_tokens(
 def test_bfloat16_scores(batch: Batch, inputs: Any, head: Head) -> None:
     """Operands are rounded, nothing else is."""
     want, _ = dense(*(rounded(x) for x in inputs), batch, head)
-    got = token_scores(*map(jnp.asarray, inputs), batch, replace(head, dtype=jnp.bfloat16), free)
+    got = compiled(replace(head, dtype=jnp.bfloat16))(*inputs, batch)[0]
     np.testing.assert_allclose(got.logp, want["logp"], atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(got.entropy, want["entropy"], atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ EMPTY = Batch(None, None, None, None)
 
 
 def scores(nll: Any, mask: Any, dtype: Any = jnp.float32, **others: Any) -> Scores:
-    """[B, 1, T] scores with these negative log-likelihoods; what is masked is 0, as `token_scores` makes it."""
+    """[B, 1, T] scores with these negative log-likelihoods; what is masked is 0, as in `token_scores`."""
     nll, mask = jnp.asarray(nll, dtype)[:, None], jnp.asarray(mask)[:, None]
     zeros = jnp.zeros_like(nll)
     fields = {"logsumexp": zeros, "mean_logit": zeros, "correct": zeros, "entropy": zeros} | others
@@ -33,9 +33,7 @@ def test_vector_token_mean() -> None:
 
 def test_micro_batches_add_up_to_the_global_mean() -> None:
     """Row by row: the sums and weights of the parts are those of the whole; their means are not."""
-    parts = [
-        SFT()(scores(golden.NLL[i : i + 1], golden.NLL_MASK[i : i + 1]), EMPTY)[:2] for i in range(2)
-    ]
+    parts = [SFT()(scores(golden.NLL[i : i + 1], golden.NLL_MASK[i : i + 1]), EMPTY)[:2] for i in range(2)]
     assert sum(float(p[0]) for p in parts) / sum(float(p[1]) for p in parts) == golden.TOKEN_MEAN
     assert np.mean([float(p[0] / p[1]) for p in parts]) == 1.75
 

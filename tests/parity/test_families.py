@@ -31,7 +31,10 @@ CASES = {
     "llama-multi-query": ("llama", {"num_key_value_heads": 1}),
     "llama-all-heads": ("llama", {"num_key_value_heads": 4}),
     "llama-linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.5}, "rope_theta": 500.0}),
-    "llama-dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}),
+    "llama-dynamic": (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    ),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-yarn-mscale": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}),
@@ -89,8 +92,8 @@ def test_padding(pair, side):
     for row, pad in enumerate((9, 4, 0)):
         real[row, slice(0, pad) if side == "left" else slice(21 - pad, 21)] = 0
     positions = np.maximum(np.cumsum(real, 1) - 1, 0)
-    # One row at a time and the shortest first: transformers' dynamic rotary scaling is that of the longest row
-    # it has seen since a short one.
+    # Row by row, the shortest first: transformers' dynamic rotary scaling is that of the longest row
+    # that it has seen since a short one.
     inputs = {"attention_mask": torch.tensor(real), "position_ids": torch.tensor(positions)}
     rows = [torch_logits(hf, tokens[[i]], **{k: v[[i]] for k, v in inputs.items()}) for i in range(3)]
     theirs = np.concatenate(rows)

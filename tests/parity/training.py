@@ -15,7 +15,7 @@ from jaxalign.sharding import MeshConfig, make_mesh
 from jaxalign.train.state import TrainState
 from jaxalign.train.step import make_step
 from jaxalign.types import Batch
-from tests.tiny import examples, micro, unpacked
+from tests.tiny import examples, micro, quick, unpacked
 
 PAIRS = examples(4, seed=8)  # ids below 96, and the parity models have 97
 
@@ -51,6 +51,7 @@ def our_steps(model: Model, params: Any, base: Any, optimizer: Any, count: int =
     start = jax.tree.map(jnp.array, params)  # the step donates its state
     state = TrainState(jnp.int32(0), start, optimizer.init(start), jax.random.key_data(jax.random.key(0)))
     placed = jax.tree.map(jnp.asarray, micro(batch(), micros))
+    program = step.lower(state, base, placed).compile(compiler_options=quick())
     for _ in range(count):
-        state, metrics = step(state, base, placed)
+        state, metrics = program(state, base, placed)
     return jax.tree.map(np.asarray, state.params), {k: float(v) for k, v in metrics.items()}

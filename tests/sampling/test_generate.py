@@ -68,7 +68,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_keep_their_keys_and_their_order(engine: Echo, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+def test_rows_keep_their_keys_and_their_order(
+    engine: Echo, prompts: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "new" / "out.jsonl"
     report = generate("m", prompts, out, CONFIG.model_copy(update={"n": 2}))
     rows = read(out)
@@ -76,7 +78,12 @@ def test_rows_keep_their_keys_and_their_order(engine: Echo, prompts: Path, tmp_p
     assert rows[0]["kept"] == 1
     assert [c["text"][-2:] for c in rows[0]["completions"]] == ["/0", "/1"]
     assert rows[0]["completion"] == rows[0]["completions"][0]["text"]
-    assert rows[0]["completions"][0] | {"text": ""} == {"text": "", "tokens": 2, "finish": "stop", "logp": -0.75}
+    assert rows[0]["completions"][0] | {"text": ""} == {
+        "text": "",
+        "tokens": 2,
+        "finish": "stop",
+        "logp": -0.75,
+    }
     assert (report.rows, report.answered, sum(report.rejects.values())) == (13, 12, 2)
     said = capsys.readouterr().err
     assert "prompts.jsonl:3" in said

@@ -88,7 +88,11 @@ def test_only_tokens_of_positive_probability_are_drawn() -> None:
 def test_a_draw_depends_on_seed_sample_and_token_index_alone() -> None:
     z = jnp.zeros((1, V))
     at = lambda seed, number, index: int(  # noqa: E731
-        draw(z, jax.tree.map(jnp.asarray, Settings.of([(SamplingParams(seed=seed), number)])), jnp.array([index]))[0][0]
+        draw(
+            z,
+            jax.tree.map(jnp.asarray, Settings.of([(SamplingParams(seed=seed), number)])),
+            jnp.array([index]),
+        )[0][0]
     )
     assert at(1, 2, 3) == at(1, 2, 3)
     assert len({at(s, n, i) for s in range(4) for n in range(4) for i in range(4)}) > 25

@@ -87,7 +87,7 @@ def test_auto_remat_takes_the_first_that_fits(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(assemble, "fits", lambda program: next(answers))
     made = machine()
     programs = made.train_programs([training_batch(made)])
-    assert made.messages == ["remat=none does not fit the device, trying the next leaner one"]
+    assert made.messages == ["remat=dots does not fit the device, trying the next leaner one"]
     assert len(programs.table) == 1
 
 

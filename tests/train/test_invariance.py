@@ -1,6 +1,8 @@
-"""One step is one step: micro-batches, devices, mesh shape, packing and padding do not change what comes out."""
+"""One step is one step, however its rows are cut into micro-batches, devices, packed or padded rows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.rope import Rope
 from jaxalign.objectives.sft import SFT
+from jaxalign.sharding import constrainer
+from jaxalign.train.feed import place
+from jaxalign.train.step import make_eval
 from jaxalign.types import Batch
 from tests.rig import Rig, assert_same_step
 from tests.tiny import examples, micro, packed, tiny_config, tiny_model, unpacked
@@ -72,6 +77,19 @@ CASES = [(False, *case) for case in LORA_CASES] + [(True, *case) for case in FUL
 )
 def test_same_step(plain: dict[bool, tuple], full: bool, mesh: tuple[int, int, int], layout: str) -> None:
     assert_same_step(Rig(MODELS[full], mesh, full).run(LAYOUTS[layout]), plain[full])
+
+
+@pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
+def test_evaluation_is_the_same_on_any_mesh(plain: dict[bool, tuple], mesh: tuple[int, int, int]) -> None:
+    """Its sums are those of the training step before it trains."""
+    rig = Rig(MODELS[False], mesh)
+    _, state, base = rig.start()
+    model = replace(rig.model, constrain=constrainer(rig.devices()))
+    batch = place(unpacked(PAIRS, 24), rig.devices(), leading=0)
+    sums = make_eval(model, SFT(), rig.devices())(state.params, base, batch)
+    for name, (total, weight) in sums.items():
+        np.testing.assert_allclose(total / weight, plain[False][1][name], rtol=1e-5, err_msg=name)
+        assert weight == plain[False][1]["num_targets"]
 
 
 EVERYTHING = tiny_config(

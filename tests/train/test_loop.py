@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,14 +77,20 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 10])
 def test_stopped_and_resumed_is_the_same_run(tmp_path: Path, stop_at: int) -> None:
-    """At any step: inside a log window, on a checkpoint, at the epoch's end; parameters and log alike."""
+    """At any step: inside a log window, on a checkpoint, at the epoch's end, where an evaluation is due;
+    parameters and log alike."""
+
+    def evaluate(state: Any) -> dict[str, float]:
+        return {"eval_loss": float(jnp.abs(state["params"]["w"]).sum())}
+
+    plan = replace(PLAN, eval_every=2)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    whole = _run(tmp_path / "whole", Toy())
-    first = _run(tmp_path / "cut", Toy(), stop_at=stop_at)
+    whole = _run(tmp_path / "whole", Toy(), plan, evaluate=evaluate)
+    first = _run(tmp_path / "cut", Toy(), plan, stop_at, evaluate=evaluate)
     assert first.preempted
     assert stop_at <= first.step <= stop_at + 1
-    again = _run(tmp_path / "cut", Toy())
+    again = _run(tmp_path / "cut", Toy(), plan, evaluate=evaluate)
     assert not again.preempted
     assert _same(whole, again)
     assert _log(tmp_path / "whole") == _log(tmp_path / "cut")

@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.base import Numerics
 from jaxalign.objectives.sft import SFT
 from jaxalign.sharding import MeshConfig, make_mesh
 from jaxalign.train.step import make_eval
@@ -184,6 +185,22 @@ def test_remat_does_not_change_the_step(noisy_step: Any, remat: str) -> None:
     assert_same_step(Rig(replace(NOISY, remat=remat)).run(micro(unpacked(PAIRS), 1)), noisy_step)
 
 
+# --- precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_bfloat16_gradients_point_where_those_of_float32_do(platform: str) -> None:
+    """Operands in bfloat16, on accelerators activations too; adapters, their gradient and sums in float32."""
+    model = replace(RIG.model, numerics=Numerics.choose(jnp.bfloat16, platform))
+    batch = micro(unpacked(PAIRS * 2), 2)
+    (low, report), (full, want) = (Rig(m).run(batch) for m in (model, RIG.model))
+    np.testing.assert_allclose(report["loss"], want["loss"], rtol=0.01)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(low))
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (low, full))
+    assert a @ b / np.sqrt((a @ a) * (b @ b)) > 0.995
+    np.testing.assert_allclose(np.sqrt(a @ a), np.sqrt(b @ b), rtol=0.02)
+
+
 # --- compilation and memory -------------------------------------------------------------------------------
 
 
@@ -202,7 +219,7 @@ def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 2), (2, 4, 1)])
 def test_no_array_holds_the_logits_of_a_batch(full: bool, mesh: tuple[int, int, int]) -> None:
-    """32 rows of 512 tokens: nothing with the vocabulary in it but the matrices themselves and one chunk of at
+    """32 rows of 512 tokens: nothing has the vocabulary in it but the matrices themselves and one chunk of at
     most 512 tokens a device."""
     rig = Rig(tiny_model(None if full else LORA, tiny_config(vocab_size=104)), mesh, full)
     step, state, base = rig.start()
