@@ -106,10 +106,35 @@ def _cut(
     return {name: jnp.moveaxis(a, 0, 1).reshape(n, -1)[:, :m] for name, a in parts.items()}
 
 
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., D] and kernel [V, D] -> float32 [..., V]. The gradient's products take `dtype` operands too:
+    automatic differentiation would multiply in float32 and round the kernel's gradient in every chunk."""
+    return _dot(x, kernel, (x.ndim - 1, 1), dtype)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype: Any, saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = g.reshape(-1, g.shape[-1])
+    dx = _dot(rows, kernel, (1, 0), dtype).reshape(x.shape)
+    dk = _dot(rows, x.reshape(-1, x.shape[-1]), (0, 0), dtype)
+    return dx.astype(x.dtype), dk.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 def _logits(x: jax.Array, kernel: jax.Array, head: Head) -> jax.Array:
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    operands = x.astype(head.dtype), kernel.astype(head.dtype)
-    z = jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+    z = _product(x, kernel, head.dtype)
     return head.softcap * jnp.tanh(z / head.softcap) if head.softcap else z
 
 

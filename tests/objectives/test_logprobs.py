@@ -252,6 +252,24 @@ def test_bfloat16_gradient_of_confident_tokens(
     assert (np.abs(got[predicts] - want).max(-1) <= 0.01 * size + 1e-6).all()
 
 
+@pytest.mark.parametrize("head", [FROZEN, TRAINED, ROWS])
+def test_products_of_bfloat16_take_bfloat16_operands(batch: Batch, inputs: Any, head: Head) -> None:
+    """Forward and backward: none of them has become a float32 product, and all accumulate in float32."""
+    low = replace(head, dtype=jnp.bfloat16)
+    dots = []
+
+    def collect(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                dots.append(([v.aval.dtype for v in eqn.invars], eqn.outvars[0].aval.dtype))
+            for inner in jaxprs_in_params(eqn.params):
+                collect(inner)
+
+    collect(compiled(low).trace(*inputs, batch).jaxpr.jaxpr)
+    assert len(dots) >= 2
+    assert all(d == ([jnp.bfloat16, jnp.bfloat16], jnp.float32) for d in dots)
+
+
 @pytest.mark.parametrize("head", [FROZEN, TRAINED])
 def test_bfloat16_scores(batch: Batch, inputs: Any, head: Head) -> None:
     """Operands are rounded, nothing else is."""
