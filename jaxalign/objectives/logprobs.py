@@ -134,7 +134,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _logits(x: jax.Array, kernel: jax.Array, head: Head) -> jax.Array:
-    z = _product(x, kernel, head.dtype)
+    z: jax.Array = _product(x, kernel, head.dtype)  # pyright: ignore[reportAssignmentType]
     return head.softcap * jnp.tanh(z / head.softcap) if head.softcap else z
 
 

@@ -38,7 +38,7 @@ from tests.train.tiny import write_model, write_rows
 KEYS = [
     "max_steps=8",
     "batch_size=8",
-    "learning_rate=3e-3",
+    "learning_rate=1e-3",
     "log_every=3",
     "checkpoint_every=3",
     "eval_fraction=0.2",
@@ -329,7 +329,7 @@ def test_a_finished_run_can_be_made_longer(here: Path, whole: RunResult, tmp_pat
 
 
 def test_another_configuration_is_refused_by_name(here: Path, whole: RunResult) -> None:
-    with pytest.raises(UserError, match=r"learning_rate: 0.003 -> 0.1\n.*lora.rank: 16 -> 4"):
+    with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.1\n.*lora.rank: 16 -> 4"):
         run(here, whole.folder, "learning_rate=0.1", "lora.rank=4", "log_every=1")
 
 
