@@ -45,9 +45,10 @@ def pair(rng: np.random.Generator, length: int, prompt: int) -> tuple[np.ndarray
 
 @pytest.fixture
 def batch() -> Batch:
-    """A full row, a packed one with a trained first token and padding, one without targets, one empty."""
+    """A full row, a packed one whose second example is trained from its first token on, one without targets,
+    one empty."""
     rng = np.random.default_rng(0)
-    rows = [[pair(rng, T, 1)], [pair(rng, 4, 0), pair(rng, 5, 2)], [pair(rng, 7, 7)], []]
+    rows = [[pair(rng, T, 1)], [pair(rng, 4, 1), pair(rng, 5, 0)], [pair(rng, 7, 7)], []]
     return lay_out(rows, T)
 
 
@@ -113,7 +114,7 @@ def test_scores_and_gradients_are_those_of_the_dense_path(batch: Batch, inputs: 
     want, want_grads = dense(*inputs, batch, head)
     got, grads = compiled(head)(*inputs, batch)
     assert np.array_equal(got.mask, want["mask"])
-    assert got.mask.sum() == 10 + 3 + 3
+    assert got.mask.sum() == 10 + 3 + 4
     for name in FIELDS:
         if name != "mean_logit" or head.smooth:
             np.testing.assert_allclose(getattr(got, name), want[name], atol=1e-5, rtol=1e-5, err_msg=name)
