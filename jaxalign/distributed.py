@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,3 +219,24 @@ def use_compile_cache(folder: Path | None = None) -> Path | None:
     # Small programs count too: a fine-tuning run starts with a hundred of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
+
+
+# mallopt(3): trim threshold, mmap maximum and arena maximum of glibc's malloc
+_KEEP = {-1: -1, -4: 0, -8: 1}
+
+
+_ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+
+
+def keep_freed_memory() -> bool:
+    """Keeps what XLA's CPU backend frees in this process; whether it could (glibc on Linux, no accelerator).
+
+    Every step allocates the same gigabyte of temporary memory, which glibc by default takes from the kernel
+    and gives back each time: 15 % of a LoRA step of a 135M model was spent in page faults. Call it before JAX
+    starts its threads, which would otherwise have arenas of their own.
+    """
+    cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(_installed, _ACCELERATORS))
+    if not sys.platform.startswith("linux") or not cpu:
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(option, value) for option, value in _KEEP.items())

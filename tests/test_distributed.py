@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -123,3 +126,27 @@ def test_a_cache_that_cannot_be_made_stays_off(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     (tmp_path / "file").write_text("")
     assert distributed.use_compile_cache(tmp_path / "file" / "jax") is None
+
+
+REPEATED = """
+import resource
+import jax, jax.numpy as jnp
+from jaxalign import distributed
+
+assert distributed.keep_freed_memory()
+step = jax.jit(lambda x: jnp.sort(jnp.sort(x * 2.0)[::-1] + 1.0).sum())
+x = jnp.ones((10_000_000,))
+faults = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+assert faults[-1] < 500 < faults[0], faults
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_memory_is_allocated_once() -> None:
+    """The 40 MB arrays of a call are page faults the first time, and none after that."""
+    done = subprocess.run([sys.executable, "-c", REPEATED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

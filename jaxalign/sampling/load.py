@@ -21,6 +21,7 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
 
     An adapter is folded into the weights. Raises `UserError` as `resolve` and `load_model` do.
     """
+    distributed.keep_freed_memory()
     distributed.use_compile_cache()
     source = resolve(model)
     tokenizer = load_tokenizer(source)

@@ -76,6 +76,7 @@ def train(method: str, model: str, data: Data, out: str | Path, config: TrainCon
     does nothing when the run is over. SIGTERM saves first, then raises a `UserError` of status 75.
     Raises `UserError` for every mistake of the input.
     """
+    distributed.keep_freed_memory()
     distributed.start()
     distributed.use_compile_cache()
     notice, folder = distributed.Notice(), RunFolder(Path(out))
