@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxalign.errors import UserError, nearest
+from jaxalign.models.attention import block_ends
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Model, parameter_count
 from jaxalign.sharding import MESH_AXES, RULES, MeshConfig
@@ -307,9 +308,7 @@ def _logits(job: Job) -> float:
 
 
 def _attention_scratch(job: Job) -> float:
-    """Float32 scores and their gradient: all heads of a device's rows, or one head of one row on a CPU."""
-    c = job.model.config
-    one = 2 * FLOAT32 * job.length**2 * c.num_heads / c.num_kv_heads
-    if job.model.attention == "loop":
-        return one
-    return one * c.num_kv_heads / job.mesh["tensor"] * _tokens_per_device(job) / job.length
+    """Float32 scores of one block of queries and their gradient."""
+    heads = job.model.config.num_heads / job.mesh["tensor"]
+    scores = heads * job.length / len(block_ends(job.length))
+    return 2 * FLOAT32 * scores * _tokens_per_device(job)

@@ -66,7 +66,7 @@ def decoder(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def job(raw: dict[str, Any], lora: LoraConfig | None = LORA, remat: str = "none", **keys: Any) -> Job:
-    model = Model(decoder(raw), lora, remat=remat, attention=keys.pop("attention", "xla"))
+    model = Model(decoder(raw), lora, remat=remat)
     keys = {"mesh": ONE, "machine": machine_named("h200"), "rows": 4, "length": 2048} | keys
     return Job(model, **keys)
 
@@ -94,7 +94,7 @@ def test_parameters_of_a_known_model():
     [(LLAMA_8B, 4, "none", 67.7), (LLAMA_8B, 4, "full", 4.5), (LLAMA_1B, 16, "none", 75.9)],
 )
 def test_activations_agree_with_compiled_programs(raw, rows, remat, compiled):
-    plan = make_plan(job(raw, remat=remat, rows=rows, attention="loop"))
+    plan = make_plan(job(raw, remat=remat, rows=rows))
     temporary = memory(plan, "activations") + memory(plan, "logits")
     assert temporary / 1e9 == pytest.approx(compiled, rel=0.1)
 

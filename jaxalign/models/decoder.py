@@ -253,7 +253,6 @@ class Model:
         return self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
 
     def _context(self, start: jax.Array | None) -> Context:
-        # One token against a cache is many small products, which belong into one batched call.
         attend = ATTENTION[self.attention if start is None else "xla"]
         return Context(self.numerics, attend, self.constrain, start)
 

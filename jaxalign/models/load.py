@@ -92,7 +92,6 @@ def load_model(
         config,
         adapter or (imported.config if imported else None),
         Numerics.choose(compute_dtype, platform),
-        attention="loop" if platform == "cpu" and mesh.size == 1 else "xla",
         constrain=constrainer(mesh),
     )
     (adapter_shapes, shapes), (adapter_axes, axes) = model.shapes(), model.axes()
