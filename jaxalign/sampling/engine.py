@@ -13,6 +13,7 @@ import numpy as np
 from jaxalign.errors import UserError
 from jaxalign.models.decoder import Model, unstack
 from jaxalign.sampling import slots as device
+from jaxalign.sampling.buckets import bucket, groups, width
 from jaxalign.sampling.samplers import Features, Settings
 from jaxalign.types import Params, SamplingParams
 
@@ -53,11 +54,6 @@ class _Row:
     def last(self) -> int:
         """Position of the newest token."""
         return len(self.prompt) + len(self.tokens) - 1
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """The smallest power of two that is at least `size` and `smallest`: the only shapes that are compiled."""
-    return 1 << (max(size, smallest, 1) - 1).bit_length()
 
 
 class Engine:
@@ -152,6 +148,8 @@ class _Run:
         self.features = Features.of(params)
         self.stop_width = bucket(max(len(self._stops(p)) for p in params))
         self.rows: list[_Row | None] = [None] * self._slots(len(waiting))
+        # The cache doubles as rows grow, but not beyond what the longest of all will need.
+        self.longest = max(128, width(1 + max(len(r.prompt) + r.params.max_tokens for r in waiting)))
         self.size = 0
         self.state = self._empty()
 
@@ -183,36 +181,37 @@ class _Run:
         for i, row in taken:
             self.rows[i] = row
         self._shape()
-        # Prompts of one length bucket are prefilled together, each once for all of its samples.
-        groups: dict[int, list[tuple[int, _Row]]] = {}
+        # A prompt is prefilled once for all of its samples.
+        samples: dict[int, list[tuple[int, _Row]]] = {}
         for i, row in taken:
-            groups.setdefault(bucket(len(row.prompt) - 1, 16), []).append((i, row))
-        for length, group in groups.items():
-            self._insert(length, group)
+            samples.setdefault(row.request, []).append((i, row))
+        each = list(samples.values())
+        # The last token of a prompt is the first input of decoding.
+        lengths = [len(group[0][1].prompt) - 1 for group in each]
+        for members, rows, columns in groups(lengths, self._fewest()):
+            self._prefill([each[m] for m in members], rows, min(columns, self.size))
 
     def _fewest(self) -> int:
         """Fewer prompts than this are filled up, so that few sizes are compiled."""
         return max(min(len(self.rows), 8), self.engine.fewest)
 
-    def _insert(self, length: int, group: list[tuple[int, _Row]]) -> None:
+    def _prefill(self, samples: list[list[tuple[int, _Row]]], rows: int, columns: int) -> None:
+        """Starts the samples of some prompts, by a prefill of that many rows and columns."""
         engine = self.engine
-        distinct = list({row.request: row.prompt for _, row in group}.items())
-        number = {request: p for p, (request, _) in enumerate(distinct)}
-        count = bucket(len(distinct), self._fewest())
-        tokens = np.zeros((count, length), np.int32)
-        lengths = np.zeros((count,), np.int32)
-        for p, (_, prompt) in enumerate(distinct):
-            # The last token of the prompt is the first input of decoding.
-            tokens[p, : len(prompt) - 1], lengths[p] = prompt[:-1], len(prompt) - 1
-        length = min(length, self.size)
-        kv = device.prefill(engine.model, engine.base, tokens[:, :length], lengths)
-        many = bucket(len(group), self._fewest())
-        where = np.full((many,), len(self.rows), np.int32)
-        prompt = np.zeros((many,), np.int32)
-        for m, (i, row) in enumerate(group):
-            where[m], prompt[m] = i, number[row.request]
-        padded = [row for _, row in group] + [group[0][1]] * (many - len(group))
-        self.state = device.insert(self.state, kv, prompt, where, self._states(padded))
+        tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros((rows,), np.int32)
+        for p, group in enumerate(samples):
+            prompt = group[0][1].prompt[:-1]
+            tokens[p, : len(prompt)], lengths[p] = prompt, len(prompt)
+        placed = [(i, row, p) for p, group in enumerate(samples) for i, row in group]
+        many = bucket(len(placed), self._fewest())
+        where, prompt_of = np.full((many,), len(self.rows), np.int32), np.zeros((many,), np.int32)
+        for m, (i, _, p) in enumerate(placed):
+            where[m], prompt_of[m] = i, p
+        starts = [row for _, row, _ in placed]
+        states = self._states(starts + starts[:1] * (many - len(placed)))
+        self.state = device.prefill(
+            engine.model, engine.base, self.state, tokens, lengths, prompt_of, where, states
+        )
 
     def _states(self, rows: list[_Row]) -> device.Slots:
         """All of `Slots` but the cache, for rows that are about to start."""
@@ -254,7 +253,7 @@ class _Run:
             for row in self.rows
             if row is not None
         )
-        size = max(self.size, bucket(need, 128))
+        size = max(self.size, min(bucket(need, 128), self.longest))
         slots = len(self.rows)
         if not self.waiting and len(held) * 4 <= slots:
             slots = self._slots(len(held))

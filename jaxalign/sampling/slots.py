@@ -60,9 +60,6 @@ class Emitted:
     count: Any
 
 
-_layer = jax.jit(Model.layer, static_argnums=0)
-
-
 @partial(jax.jit, static_argnums=0)
 def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -70,31 +67,47 @@ def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) ->
     return model.begin(ends, tokens, segments, positions)
 
 
-def prefill(model: Model, base: Params, tokens: Any, lengths: Any) -> list[KV]:
-    """Keys and values of P right-padded prompts, tokens int32 [P, T], layer by layer [P, K, T, h].
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
+def _layer(
+    model: Model, params: Params, x: jax.Array, shared: Any, cache: KV, prompt: jax.Array, where: jax.Array
+) -> tuple[jax.Array, KV]:
+    """One layer over all prompts; row `prompt[m]` of its keys and values goes into the slot `where[m]`."""
+    x, kv = model.layer(params, x, *shared)
+
+    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+        return cache.at[where, :, : new.shape[2]].set(new[prompt].astype(cache.dtype), mode="drop")
+
+    return x, jax.tree.map(put, cache, kv)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _start(slots: Slots, rows: Slots, where: jax.Array) -> Slots:
+    """The slots `where` as `rows` has them; neither has a cache."""
+    return jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), slots, rows)
+
+
+def prefill(
+    model: Model,
+    base: Params,
+    slots: Slots,
+    tokens: Any,
+    lengths: Any,
+    prompt: Any,
+    where: Any,
+    rows: Slots,
+) -> Slots:
+    """Put M rows into the slots `where` [M] (N and beyond: nowhere), row m with the right-padded prompt
+    `prompt[m]` of tokens int32 [P, T]. `rows` holds all of their state but the cache. `slots` is donated.
 
     The host walks the layers, which share one compiled program, so that its size does not grow with depth.
     """
     ends = {name: part for name, part in base.items() if name != "layers"}
     x, shared = _begin(model, ends, tokens, lengths)
-    out = []
-    for kind, params in zip(model.config.layer_kinds, base["layers"], strict=True):
-        x, kv = _layer(model, params, x, *shared[kind])
-        out.append(kv)
-    return out
-
-
-@partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, kv: list[KV], prompt: jax.Array, where: jax.Array, rows: Slots) -> Slots:
-    """Put M new rows into the slots `where` [M] (N and beyond: nowhere). `rows` holds everything but the
-    cache, which comes from prompt `prompt[m]` of `kv`."""
-
-    def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-        return cache.at[where, :, : new.shape[2]].set(new[prompt].astype(cache.dtype), mode="drop")
-
-    set_rows = lambda old, new: old.at[where].set(new, mode="drop")  # noqa: E731
-    rest = jax.tree.map(set_rows, replace(slots, cache=[]), rows)
-    return replace(rest, cache=jax.tree.map(put, slots.cache, kv))
+    cache = []
+    for kind, params, kv in zip(model.config.layer_kinds, base["layers"], slots.cache, strict=True):
+        x, kv = _layer(model, params, x, shared[kind], kv, prompt, where)
+        cache.append(kv)
+    return replace(_start(replace(slots, cache=[]), rows, where), cache=cache)
 
 
 @partial(jax.jit, static_argnums=2)
