@@ -126,14 +126,18 @@ class Tokenizer:
 
 
 def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf; `chat_template` (Jinja text) replaces its own.
+    """The tokenizer of a model folder or .gguf. `chat_template` (Jinja text) replaces its own, as does
+    the template that an adapter was trained with.
 
     Raises `UserError` when there is no tokenizer, or none that can end an answer.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would ask for torch
     hf, add_bos, extra = _from_gguf(source.gguf) if source.gguf else _from_folder(source)
+    trained_with = source.adapter and source.adapter / "chat_template.jinja"
     if chat_template is not None:
         hf.chat_template = chat_template
+    elif trained_with and trained_with.exists():
+        hf.chat_template = trained_with.read_text(encoding="utf-8")
     return make_tokenizer(hf, name=source.name, add_bos=add_bos, stop_tokens=extra)
 
 

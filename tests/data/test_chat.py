@@ -76,6 +76,16 @@ def test_template_can_be_replaced(tmp_path):
     assert load_tokenizer(ModelSource("m", tmp_path), chat_template=CHATML).fault == ""
 
 
+def test_an_adapter_brings_the_template_it_was_trained_with(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    toy(None).save(base)
+    load_tokenizer(ModelSource("m", base), chat_template=CHATML).save(adapter)
+    again = load_tokenizer(ModelSource("m", base, adapter=adapter))
+    assert again.render(chat("u:hello")) == toy(CHATML).render(chat("u:hello"))
+    plain = CHATML.replace("<|turn|>", "")
+    assert load_tokenizer(ModelSource("m", base, adapter=adapter), plain).hf.chat_template == plain
+
+
 def test_no_stop_token_is_a_user_error():
     with pytest.raises(UserError, match="without a stop token"):
         toy(None, eos=None)
