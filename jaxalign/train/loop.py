@@ -219,7 +219,8 @@ class Loop:
         values = self.progress.window.close() | {"epoch": step / self.plan.steps_per_epoch}
         values["num_tokens"] = self.progress.tokens
         if self.parties.rate:
-            values["learning_rate"] = self.parties.rate(step - 1)
+            # A skipped step does not move the schedule.
+            values["learning_rate"] = self.parties.rate(max(0, step - 1 - self.progress.nonfinite))
         values |= self._clock.rates(self.speed, self.plan.total - step)
         self._write(step, values)
 

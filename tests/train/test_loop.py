@@ -122,11 +122,14 @@ def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_nan_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
-    outcome = _run(tmp_path, Toy(poison=(6,)), replace(PLAN, max_nonfinite=2))
+    plan = replace(PLAN, max_nonfinite=2)
+    outcome = _run(tmp_path, Toy(poison=(6,)), plan, rate=lambda step: step / 100)
     assert outcome.progress.nonfinite == 1
     assert np.isfinite(outcome.state["params"]["w"]).all()
-    counts = {r["step"]: r["nonfinite"] for r in read_lines(tmp_path / "metrics.jsonl")}
-    assert counts == {1: 0, 4: 0, 8: 1, 12: 0}
+    rows = {r["step"]: r for r in read_lines(tmp_path / "metrics.jsonl")}
+    assert {step: row["nonfinite"] for step, row in rows.items()} == {1: 0, 4: 0, 8: 1, 12: 0}
+    # The schedule stands still in that step.
+    assert [row["learning_rate"] for row in rows.values()] == [0.0, 0.03, 0.06, 0.1]
 
 
 def test_nan_steps_in_a_row_stop_and_name_step_and_rows(tmp_path: Path) -> None:
