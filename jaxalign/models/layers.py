@@ -19,13 +19,25 @@ PRODUCT = "product"
 def dot(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -> jax.Array:
     """Products of x and w [*batch, m, n] over one of the last two axes of each, with operands of `dtype`:
     float32 [*batch, rest of x, rest of w]."""
+    x, w = x.astype(dtype), w.astype(dtype)
+    if contract == (0, 0):
+        return jax.lax.platform_dependent(x, w, cpu=_turned_dot, default=partial(_dot, contract))
+    return _dot(contract, x, w)
+
+
+def _dot(contract: tuple[int, int], x: jax.Array, w: jax.Array) -> jax.Array:
     batch = tuple(range(w.ndim - 2))
-    # XLA's CPU backend is slow at x^T w where the result is narrow (the gradient of LoRA's A), five times
-    # faster at the wide w^T x. Without the barrier it would turn this back.
-    if contract == (0, 0) and 4 * w.shape[-1] <= x.shape[-1]:
-        return jnp.swapaxes(jax.lax.optimization_barrier(dot(w, x, contract, dtype)), -1, -2)
     dims = (((len(batch) + contract[0],), (len(batch) + contract[1],)), (batch, batch))
-    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def _turned_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x^T w for XLA's CPU backend, whose fast products (and those in bfloat16) take no transposed operand and
+    want a wide result: the narrower operand is turned first. The barriers keep XLA from turning it back."""
+    turn, barrier = partial(jnp.swapaxes, axis1=-1, axis2=-2), jax.lax.optimization_barrier
+    if w.shape[-1] < x.shape[-1]:
+        return turn(barrier(_dot((1, 0), barrier(turn(w)), x)))
+    return _dot((1, 0), barrier(turn(x)), w)
 
 
 def _rows(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -97,7 +109,7 @@ class Linear(nnx.Module):
             y = matmul(x, self.kernel[...], numerics.compute)
         else:
             y = self.adapter(x, self.kernel[...], numerics.compute, key)
-        y = checkpoint_name(y, PRODUCT)
+        y = checkpoint_name(y.astype(numerics.compute), PRODUCT).astype(numerics.activation)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(numerics.activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxalign.models.base import Functional, Numerics
-from jaxalign.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, matmul
+from jaxalign.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, dot, matmul
 
 SHAPES = {
     "rows": ((5, 4), (4, 3)),
@@ -68,19 +69,27 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(dtypes: tuple[Any, Any]
     assert (dx.shape, dw.shape) == (x.shape, w.shape)
 
 
-def test_products_of_bfloat16_take_bfloat16_operands() -> None:
-    """All three of them, in the program: none has quietly become a float32 product."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_products_of_bfloat16_take_bfloat16_operands(platform: str) -> None:
+    """All three of them, in the program: none has quietly become a float32 product. Only the CPU's turns an
+    operand first."""
     x, w = operands(SHAPES["batch and time"])
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x, w: matmul(x, w, jnp.bfloat16).sum(), (0, 1)))(x, w)
-    text = str(jaxpr)
-    assert text.count("dot_general[") == 3
-    dots = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
-    inner = [e for eqn in jaxpr.eqns for e in getattr(eqn.params.get("call_jaxpr"), "eqns", [])]
-    dots += [e for e in inner if e.primitive.name == "dot_general"]
-    assert dots
-    for dot in dots:
-        assert [v.aval.dtype for v in dot.invars] == [jnp.bfloat16, jnp.bfloat16]
-        assert dot.outvars[0].aval.dtype == jnp.float32
+    gradient = jax.jit(jax.value_and_grad(lambda x, w: matmul(x, w, jnp.bfloat16).sum(), (0, 1)))
+    text = gradient.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+    dots = re.findall(r"dot_general.*: \((.*)\) -> (.*)", text)
+    assert len(dots) == 3
+    for operand_types, result in dots:
+        assert operand_types.count("xbf16>") == 2
+        assert "xf32>" in result
+    assert ("optimization_barrier" in text) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("shapes", [((7, 40), (7, 3)), ((7, 3), (7, 40)), ((2, 3, 7, 5), (2, 3, 7, 9))])
+def test_product_with_a_transposed_operand(shapes: Any) -> None:
+    """Whichever of the two is narrower, and in batches."""
+    x, w = operands(shapes)
+    got = jax.jit(lambda x, w: dot(x, w, (0, 0), jnp.float32))(x, w)
+    np.testing.assert_allclose(got, np.swapaxes(np.asarray(x), -1, -2) @ np.asarray(w), atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
