@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-SHORTEST = 16  # columns of a prefill
 CALL = 128  # a prefill costs about as much as this many tokens more than its tokens do
 
 
@@ -13,9 +12,10 @@ def bucket(size: int, smallest: int = 1) -> int:
     return 1 << (max(size, smallest, 1) - 1).bit_length()
 
 
-def width(length: int) -> int:
-    """Columns of a prefill for prompts up to `length` tokens: four steps to a power of two."""
-    step = max(SHORTEST, bucket(length) // 8)
+def width(length: int, multiple: int = 16) -> int:
+    """The smallest of the lengths in use that holds `length`: four to a power of two, but multiples of
+    `multiple`."""
+    step = max(multiple, bucket(length) // 8)
     return max(1, -(-length // step)) * step
 
 

@@ -149,7 +149,7 @@ class _Run:
         self.stop_width = bucket(max(len(self._stops(p)) for p in params))
         self.rows: list[_Row | None] = [None] * self._slots(len(waiting))
         # The cache doubles as rows grow, but not beyond what the longest of all will need.
-        self.longest = max(128, width(1 + max(len(r.prompt) + r.params.max_tokens for r in waiting)))
+        self.longest = max(128, width(1 + max(len(r.prompt) + r.params.max_tokens for r in waiting), 64))
         self.size = 0
         self.state = self._empty()
 
