@@ -88,7 +88,7 @@ def case(session: Session, precision: str, threads: int) -> dict[str, Any]:
             worker.ask({"op": "round", "task": "epoch", "packing": packing}) for packing in (False, True)
         ]
     rows = [*depth_rows(depths, label), *(epoch_row(e, label) for e in epochs)]
-    return {"case": label, "rounds": depths, "epochs": epochs, "rows": rows}
+    return {"case": label, "rounds": depths, "epochs": epochs, "rows": rows, "headline": faults(rows)}
 
 
 def main() -> None:
@@ -102,9 +102,8 @@ def main() -> None:
     o = session.options
     how = {"steps": o.steps, "rows": o.mixed_rows, "length": o.mixed_length}
     session.prepare([{"kind": "mixed", "name": "mixed", "how": how}])
-    found = [case(session, precision, t) for precision in o.precision for t in o.threads]
-    wrong = faults([row for c in found for row in c["rows"]])
-    session.finish(__doc__.splitlines()[0], COLUMNS, found, wrong)
+    cases = (case(session, precision, t) for precision in o.precision for t in o.threads)
+    wrong = [line for c in session.finish(__doc__.splitlines()[0], COLUMNS, cases) for line in c["headline"]]
     if wrong:
         raise stats.DifferentWorkError("; ".join(wrong))
 

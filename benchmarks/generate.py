@@ -227,11 +227,9 @@ def main() -> None:
     o = session.options
     how = {"count": max(o.batch), "low": o.shortest, "high": o.longest}
     session.prepare([{"kind": "prompts", "name": "prompts", "how": how}])
-    found = [case(session, precision, t) for precision in o.precision for t in o.threads]
+    cases = (case(session, precision, t) for precision in o.precision for t in o.threads)
     notes = ["the baseline is transformers' `generate`, no serving engine"]
-    session.finish(
-        __doc__.splitlines()[0], COLUMNS, found, [*notes, *(x for c in found for x in c["headline"])]
-    )
+    session.finish(__doc__.splitlines()[0], COLUMNS, cases, notes)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,26 +129,38 @@ class Session:
         return [c for c in contenders if not words or not c.rival or any(w in c.name for w in words)]
 
     def finish(
-        self, title: str, columns: Sequence[str], cases: Sequence[Mapping[str, Any]], notes: Sequence[str]
-    ) -> None:
-        """Prints the one table and writes the result file."""
-        rows = [row for case in cases for row in case["rows"]]
-        table = tables.markdown(columns, rows)
-        self.say("\n" + "\n\n".join([table, *notes]))
-        if self.options.out:
-            asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
-            hidden = ("python", "peer_python", "work", "out", "data", "model")  # paths say nothing elsewhere
-            record = {
-                "title": title,
-                "date": time.strftime("%Y-%m-%d"),
-                "options": {k: v for k, v in asked.items() if k not in hidden},
-                "model": self.work.name,
-                "machine": machine.describe(),
-                "versions": self.versions,
-                "peaks": self.peaks,
-                "cases": list(cases),
-            }
-            tables.write(self.options.out, title, table, record, notes)
+        self,
+        title: str,
+        columns: Sequence[str],
+        cases: Iterable[Mapping[str, Any]],
+        notes: Sequence[str] = (),
+    ) -> list[Mapping[str, Any]]:
+        """Measures the cases one by one, writes the result file after each, and prints the one table."""
+        done: list[Mapping[str, Any]] = []
+        text = ""
+        for case in cases:
+            done.append(case)
+            table = tables.markdown(columns, [row for case in done for row in case["rows"]])
+            lines = [*notes, *(line for case in done for line in case["headline"])]
+            text = "\n\n".join([table, *lines])
+            if self.options.out:
+                tables.write(self.options.out, title, table, self._record(title, done), lines)
+        self.say("\n" + text)
+        return done
+
+    def _record(self, title: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        hidden = ("python", "peer_python", "work", "out", "data", "model")  # paths say nothing elsewhere
+        return {
+            "title": title,
+            "date": time.strftime("%Y-%m-%d"),
+            "options": {k: v for k, v in asked.items() if k not in hidden},
+            "model": self.work.name,
+            "machine": machine.describe(),
+            "versions": self.versions,
+            "peaks": self.peaks,
+            "cases": list(cases),
+        }
 
 
 def exit_code(run: Any) -> int:

@@ -282,8 +282,8 @@ def main() -> None:
     session = Session(p.parse_args())
     session.prepare(orders(session.options))
     o = session.options
-    found = [case(session, d, p, t) for d in o.variants for p in o.precision for t in o.threads]
-    session.finish(__doc__.splitlines()[0], COLUMNS, found, [line for c in found for line in c["headline"]])
+    cases = (case(session, d, p, t) for d in o.variants for p in o.precision for t in o.threads)
+    session.finish(__doc__.splitlines()[0], COLUMNS, cases)
 
 
 if __name__ == "__main__":

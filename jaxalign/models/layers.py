@@ -108,8 +108,8 @@ class Linear(nnx.Module):
         if self.adapter is None:
             y = matmul(x, self.kernel[...], numerics.compute)
         else:
-            # Kept for the gradient in half the memory. A product that stands alone stays in float32: XLA would
-            # make the cast its output type, which is slow on a CPU.
+            # Half the memory for what the gradient keeps. A product that stands alone stays in float32: XLA
+            # would make the cast its output type, which is slow on a CPU.
             y = self.adapter(x, self.kernel[...], numerics.compute, key).astype(numerics.compute)
         y = checkpoint_name(y, PRODUCT).astype(jnp.float32)
         if self.bias is not None:

@@ -24,6 +24,8 @@ class Scores:
     correct      1.0 where the token is the most likely one
     entropy      of the predicting distribution, in nats (no gradient)
     mask         bool, the targets that count: `Batch.mask` less the first token of each segment
+    collision    log sum_v p_v^2 of the predicting distribution (no gradient; only where needed, else zeros)
+    ref          `logp` under the reference model (no gradient; only where needed, else None)
     """
 
     logp: Any
@@ -32,12 +34,25 @@ class Scores:
     correct: Any
     entropy: Any
     mask: Any
+    collision: Any = None
+    ref: Any = None
 
 
 class Objective(Protocol):
-    """A loss. `group` is the G of its batches; `needs` names what `Scores` must hold beyond the log-probs."""
+    """A loss.
+
+    group  the G of its batches; 0: as many as the longest list has
+    data   the kind of rows it learns from: sft, pairs (chosen, rejected), binary (thumbs up or down) or lists
+    needs  what it asks for beyond the policy's log-probs:
+           mean_logit, collision  those fields of `Scores`
+           ref                    `Scores.ref`
+           margin                 aux "margin" [B] without gaps
+           tokens_per_group       aux of that name [B]: chosen targets of a group, on average over the step
+           whole_batch            all examples of a step at once: no gradient accumulation
+    """
 
     group: ClassVar[int]
+    data: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:

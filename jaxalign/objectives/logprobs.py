@@ -46,14 +46,13 @@ def token_scores(
 ) -> Scores:
     """Scores [B, G, T] of `batch` from final hidden states [B*G, T, D] and the head [V, D]."""
     shape = batch.tokens.shape
-    tokens, segments, mask = (x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segments, batch.mask))
-    # Column t predicts token t + 1, unless that begins another example; the last column predicts nothing.
+    # Column t predicts token t + 1; the last column predicts nothing.
     following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
-    valid = following(mask) & (following(segments) == segments) & (segments != 0)
+    tokens, valid = (following(x.reshape(-1, shape[-1])) for x in (batch.tokens, targets(batch)))
     # One gather of a sharded head for all chunks, not one in each.
     kernel = constrain(kernel, "vocab", None)
     path = _recomputed if head.trained or head.smooth else _frozen
-    parts = _chunked(partial(path, head), hidden, kernel, following(tokens), valid, head)
+    parts = _chunked(partial(path, head), hidden, kernel, tokens, valid, head)
     back = lambda x: jnp.roll(x, 1, axis=1).reshape(shape)  # noqa: E731
     where = lambda x: jnp.where(valid, x, 0.0)  # noqa: E731
     parts = {name: back(where(x)) for name, x in parts.items()}
@@ -65,6 +64,13 @@ def token_scores(
         entropy=jax.lax.stop_gradient(parts["entropy"]),
         mask=back(valid),
     )
+
+
+def targets(batch: Batch) -> jax.Array:
+    """bool [..., T]: the tokens of `batch.mask` that something predicts; the first of a segment is not."""
+    segments = jnp.asarray(batch.segments)
+    before = jnp.pad(segments[..., :-1], [(0, 0)] * (segments.ndim - 1) + [(1, 0)])
+    return batch.mask & (segments != 0) & (before == segments)
 
 
 def _chunked(
@@ -183,6 +189,11 @@ def _frozen_loop(
         z = _logits(x[i], kernel, head)
         parts, e, total = _parts(z, targets[i], smooth=False)
         slopes = _slopes(head, z, e, total, kernel, targets[i]) if gradient else ()
+        if gradient and not head.softcap:
+            # sum_v p_v z_v = h . d lse / d h where z = W h: a short product instead of a pass over the logits
+            # (5 % of a LoRA step of a 135M model on a CPU). p is rounded like an operand in it.
+            h = x[i].astype(head.dtype).astype(jnp.float32)
+            parts["entropy"] = parts["lse"] - (h * slopes[1]).sum(axis=-1)
         new = (parts, tuple(s.astype(x.dtype) for s in slopes))
         return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
 

@@ -17,6 +17,7 @@ class SFT(Config):
     """L = - sum_t m_t log p(y_t | y_<t) / sum_t m_t, over all tokens of a step (global token mean)."""
 
     group: ClassVar[int] = 1
+    data: ClassVar[str] = "sft"
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of the target spread evenly over the vocabulary (arXiv:1512.00567, section 7)"""

@@ -198,9 +198,8 @@ class Machine:
         """The evaluation pass, compiled for the abstract `batches` [B, G, T]."""
         evaluate = make_eval(self.weights.model, self.objective, self.mesh, train_base=self.weights.full)
         programs = Programs(evaluate, "the evaluation", self.say)
-        params = self.abstract_state.params
         for batch in batches:
-            programs.prepare(params, self.weights.base, batch)
+            programs.prepare(self.abstract_state, self.weights.base, batch)
         return programs
 
     def evaluator(self, programs: Programs, batches: list[Batch]) -> Callable[[TrainState], dict[str, float]]:
@@ -208,7 +207,7 @@ class Machine:
 
         def evaluate(state: TrainState) -> dict[str, float]:
             totals: dict[str, list[float]] = {}
-            parts = [programs(state.params, self.weights.base, place(b, self.mesh, 0)) for b in batches]
+            parts = [programs(state, self.weights.base, place(b, self.mesh, 0)) for b in batches]
             for part in jax.device_get(parts):
                 for name, (total, weight) in part.items():
                     old = totals.setdefault(name, [0.0, 0.0])

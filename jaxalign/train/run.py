@@ -346,6 +346,8 @@ def _announce(machine: Machine, inputs: Inputs, start: int) -> None:
         f"run: {machine.total} steps of {c.batch_size} rows, {stats.rows} rows an epoch, "
         f"{stats.pad_share:.0%} padding"
     )
+    if stats.rows < (c.batch_size or 1):
+        _print(f"fewer rows than batch_size={c.batch_size}: each is taken more than once in every step")
     if start:
         _print(f"resuming after step {start} of {machine.total}")
 

@@ -16,12 +16,17 @@ from jaxalign.types import Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step int32, params (only what trains, float32), optimiser state, key data uint32."""
+    """step int32, params (only what trains, float32), optimiser state, key data uint32.
+
+    `reference` is the reference policy in the form of `params`, for losses that compare with one. None: the
+    base without its adapter.
+    """
 
     step: Any
     params: Params
     opt: Any
     key: Any
+    reference: Params | None = None
 
 
 def state_shardings(

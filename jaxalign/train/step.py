@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,34 +15,41 @@ from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Model
 from jaxalign.objectives.base import Metrics, Objective
+from jaxalign.objectives.logprobs import targets
 from jaxalign.sharding import RULES
 from jaxalign.train.score import score
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, Params
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
-Eval = Callable[[Params, Params, Batch], Metrics]
+Eval = Callable[[TrainState, Params, Batch], Metrics]
 
 
 def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) -> Callable[..., Any]:
-    """loss(params, base, batch [B, G, T], key) -> (loss sum, (weight, metrics)).
+    """loss(params, reference, base, batch [B, G, T], key) -> (loss sum, (weight, metrics)).
 
-    `params` is the adapter over the frozen `base`, or all weights (`train_base`), and then base is unused.
+    `params` is the adapter over the frozen `base`, or all weights (`train_base`), and then base is unused;
+    `reference` is that of `TrainState`.
     """
+    forward = partial(
+        score,
+        model,
+        train_base=train_base,
+        compact=mesh.size == 1,
+        spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
+    )
 
-    def loss(params: Params, base: Params, batch: Batch, key: jax.Array | None) -> Any:
-        adapter, weights = (None, params) if train_base else (params, base)
-        scores = score(
-            model,
-            adapter,
-            weights,
-            batch,
-            key=key,
-            needs=objective.needs,
-            train_base=train_base,
-            compact=mesh.size == 1,
-            spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
-        )
+    def weights(params: Params | None, base: Params) -> tuple[Params | None, Params]:
+        return (None, params) if train_base and params else (params, base)
+
+    def loss(
+        params: Params, reference: Params | None, base: Params, batch: Batch, key: jax.Array | None
+    ) -> Any:
+        scores = forward(*weights(params, base), batch, key=key, needs=objective.needs)
+        if "ref" in objective.needs:
+            kept = batch.aux.get("ref")
+            ref = forward(*weights(reference, base), batch).logp if kept is None else kept
+            scores = replace(scores, ref=jax.lax.stop_gradient(ref))
         total, weight, metrics = objective(scores, batch)
         return total, (weight, metrics)
 
@@ -68,10 +76,13 @@ def make_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=out_shardings and (out_shardings, None))
     def step(state: TrainState, base: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if "tokens_per_group" in objective.needs:
+            batch = _with_tokens_per_group(batch)
 
         def micro(index: jax.Array, part: Batch) -> Any:
             grad = jax.value_and_grad(loss, has_aux=True)
-            (total, (weight, metrics)), grads = grad(state.params, base, part, jax.random.fold_in(key, index))
+            noise = jax.random.fold_in(key, index)
+            (total, (weight, metrics)), grads = grad(state.params, state.reference, base, part, noise)
             return grads, {"loss": (total, weight), **metrics}, (part.segments != 0).sum()
 
         grads, metrics, tokens = _sum_over(micro, batch)
@@ -89,7 +100,7 @@ def make_step(
             "num_targets": metrics["loss"][1],
             "nonfinite": 1 - finite.astype(jnp.int32),
         }
-        return TrainState(state.step + 1, params, opt, state.key), report
+        return replace(state, step=state.step + 1, params=params, opt=opt), report
 
     return step
 
@@ -108,13 +119,23 @@ def _sum_over(micro: Callable[[jax.Array, Batch], Any], batch: Batch) -> Any:
     return jax.lax.scan(body, start, (jnp.arange(count), batch))[0]
 
 
+def _with_tokens_per_group(batch: Batch) -> Batch:
+    """The batch [..., G, T] with aux "tokens_per_group": targets of the first member, on average over the
+    groups that have any."""
+    counts = targets(batch)[..., 0, :].sum(axis=-1)
+    mean = counts.sum() / jnp.maximum((counts > 0).sum(), 1)
+    return replace(batch, aux=batch.aux | {"tokens_per_group": jnp.full(counts.shape, mean)})
+
+
 def make_eval(model: Model, objective: Objective, mesh: Mesh, *, train_base: bool = False) -> Eval:
-    """eval(params, base, batch [B, G, T]) -> {name: (sum, weight)}, without training noise."""
+    """eval(state, base, batch [B, G, T]) -> {name: (sum, weight)}, without training noise."""
     loss = make_loss(model, objective, mesh, train_base)
 
     @jax.jit
-    def evaluate(params: Params, base: Params, batch: Batch) -> Metrics:
-        total, (weight, metrics) = loss(params, base, batch, None)
+    def evaluate(state: TrainState, base: Params, batch: Batch) -> Metrics:
+        if "tokens_per_group" in objective.needs:
+            batch = _with_tokens_per_group(batch)
+        total, (weight, metrics) = loss(state.params, state.reference, base, batch, None)
         return {"loss": (total, weight), **metrics}
 
     return evaluate

@@ -86,7 +86,7 @@ def test_evaluation_is_the_same_on_any_mesh(plain: dict[bool, tuple], mesh: tupl
     _, state, base = rig.start()
     model = replace(rig.model, constrain=constrainer(rig.devices()))
     batch = place(unpacked(PAIRS, 24), rig.devices(), leading=0)
-    sums = make_eval(model, SFT(), rig.devices())(state.params, base, batch)
+    sums = make_eval(model, SFT(), rig.devices())(state, base, batch)
     for name, (total, weight) in sums.items():
         np.testing.assert_allclose(total / weight, plain[False][1][name], rtol=1e-5, err_msg=name)
         assert weight == plain[False][1]["num_targets"]

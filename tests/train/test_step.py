@@ -16,6 +16,7 @@ from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.base import Numerics
 from jaxalign.objectives.sft import SFT
 from jaxalign.sharding import MeshConfig, make_mesh
+from jaxalign.train.state import TrainState
 from jaxalign.train.step import make_eval
 from jaxalign.types import Batch
 from tests.rig import Rig, assert_same_step, program, random_tree
@@ -39,12 +40,18 @@ def bitwise_equal(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def still() -> tuple[TrainState, Any]:
+    """(a state that holds nothing but the weights of RIG, its base)."""
+    params, base = RIG.weights()
+    return TrainState(0, params, (), None), base
+
+
 @pytest.fixture(scope="module")
 def evaluated() -> Any:
     """evaluated(batch [8, 1, T]) -> (loss sum, weight) under the weights of RIG."""
     run = make_eval(RIG.model, SFT(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    weights = RIG.weights()
-    return lambda batch: [float(x) for x in run(*weights, arrays(batch))["loss"]]
+    state, base = still()
+    return lambda batch: [float(x) for x in run(state, base, arrays(batch))["loss"]]
 
 
 # --- counting ---------------------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ def test_micro_batches_do_not_share_noise() -> None:
 
 def test_evaluation_is_never_noisy(evaluated: Any) -> None:
     run = make_eval(NOISY, SFT(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    total, weight = run(*RIG.weights(), arrays(unpacked(PAIRS)))["loss"]
+    total, weight = run(*still(), arrays(unpacked(PAIRS)))["loss"]
     assert [float(total), float(weight)] == evaluated(unpacked(PAIRS))
 
 
