@@ -273,7 +273,7 @@ def test_products_of_bfloat16_take_bfloat16_operands(batch: Batch, inputs: Any, 
 
 @pytest.mark.parametrize("head", [FROZEN, TRAINED])
 def test_bfloat16_scores(batch: Batch, inputs: Any, head: Head) -> None:
-    """Operands are rounded, nothing else is; but the entropy weighs with rounded p where gradients are frozen."""
+    """Operands are rounded, nothing else; the entropy weighs with a rounded p where the head is frozen."""
     want, _ = dense(*(rounded(x) for x in inputs), batch, head)
     got = compiled(replace(head, dtype=jnp.bfloat16))(*inputs, batch)[0]
     np.testing.assert_allclose(got.logp, want["logp"], atol=1e-5, rtol=1e-5)
