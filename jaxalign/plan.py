@@ -18,7 +18,7 @@ from jaxalign.errors import UserError, nearest
 from jaxalign.models.attention import block_ends
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Model, parameter_count
-from jaxalign.sharding import MESH_AXES, RULES, MeshConfig
+from jaxalign.sharding import RULES
 from jaxalign.train.flops import matmul_parameters, peak_flops
 
 FLOAT32 = 4
@@ -123,18 +123,6 @@ def machine_named(text: str) -> Machine:
             f"unknown machine {text!r}{hint}", remedy=f"KIND:COUNT with KIND of {', '.join(MACHINES)}"
         )
     return Machine(*MACHINES[name.lower()], int(count or "1"))
-
-
-def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of every mesh axis. Raises `UserError` where they do not multiply to `devices`."""
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(s for s in sizes if s > 0)
-    if sizes.count(-1) == 1 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if any(s < 1 for s in sizes) or math.prod(sizes) != devices:
-        asked = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(f"the mesh {asked} does not cover {devices} device(s)", place="mesh")
-    return dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def make_plan(job: Job) -> Plan:

@@ -15,8 +15,9 @@ from jaxalign.models.decoder import Model
 from jaxalign.models.load import open_checkpoint
 from jaxalign.models.source import resolve
 from jaxalign.models.store import read_json
-from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan, mesh_sizes
+from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan
 from jaxalign.registry import FAMILIES
+from jaxalign.sharding import mesh_sizes
 from jaxalign.train.assemble import HEADROOM, learning_rate, remat_policies
 from jaxalign.train.inputs import default_batch_size, read_inputs, total_steps
 from jaxalign.train.optim import make_optimizer, make_schedule

@@ -37,26 +37,31 @@ class MeshConfig(Config):
     """devices that share every matrix product; must divide the attention heads"""
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of every mesh axis. Raises `UserError` where they do not multiply to `devices`."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(s for s in sizes if s > 0)
+    if sizes.count(-1) == 1 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if any(s < 1 for s in sizes) or math.prod(sizes) != devices:
+        asked = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(
+            f"the mesh {asked} does not cover {devices} device(s)",
+            place="mesh",
+            remedy="make mesh.data x mesh.fsdp x mesh.tensor equal the number of devices; one may be -1",
+        )
+    return dict(zip(MESH_AXES, sizes, strict=True))
+
+
 def make_mesh(config: MeshConfig | None = None, devices: list[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over `devices` (all of them by default).
 
     Raises `UserError` when the sizes do not multiply to the number of devices.
     """
-    config = config or MeshConfig()
     devices = list(devices if devices is not None else jax.devices())
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(s for s in sizes if s > 0)
-    if sizes.count(-1) == 1 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if any(s < 1 for s in sizes) or math.prod(sizes) != len(devices):
-        asked = " x ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(
-            f"the mesh {asked} does not cover {len(devices)} device(s)",
-            place="mesh",
-            remedy="make mesh.data x mesh.fsdp x mesh.tensor equal the number of devices; one may be -1",
-        )
+    sizes = tuple(mesh_sizes(config or MeshConfig(), len(devices)).values())
     # Auto: the compiler places what the rules leave open. make_mesh defaults to Explicit axes.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def spec(axes: Axes) -> PartitionSpec:

@@ -22,11 +22,10 @@ from jaxalign.plan import (
     flops_per_token,
     machine_named,
     make_plan,
-    mesh_sizes,
 )
 from jaxalign.preflight import optimizer_share, plan_run, read_config
 from jaxalign.registry import FAMILIES
-from jaxalign.sharding import MeshConfig
+from jaxalign.sharding import MeshConfig, mesh_sizes
 from jaxalign.terminal import human
 from jaxalign.train.flops import Work, training_cost
 from jaxalign.train.settings import config_for
