@@ -11,7 +11,7 @@ import jax
 
 from benchmarks.batches import Steps
 from benchmarks.measure import versions
-from jaxalign.distributed import keep_freed_memory, use_compile_cache
+from jaxalign.distributed import share_arena, use_compile_cache
 from jaxalign.sharding import make_mesh
 from jaxalign.train.programs import COMPILATIONS
 from jaxalign.types import Batch, ModelSource
@@ -21,7 +21,7 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 def prepare(job: Mapping[str, Any]) -> Any:
     """Sets the process up as a run does, with the cache the job names; returns the mesh."""
-    keep_freed_memory()
+    share_arena()
     if job.get("cache"):
         use_compile_cache(Path(job["cache"]))
     return make_mesh()

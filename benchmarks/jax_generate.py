@@ -13,6 +13,7 @@ from benchmarks import jax_common
 from benchmarks.measure import Clock, reset_peak, serve
 from benchmarks.prompts import Prompts
 from benchmarks.protocol import Channel
+from jaxalign.distributed import keep_freed_memory
 from jaxalign.models.load import load_model
 from jaxalign.sampling.engine import Engine
 from jaxalign.train.assemble import DTYPES
@@ -38,6 +39,7 @@ class Sampler:
         self.base, self.prompts = loaded.base, Prompts.load(job["prompts"])
         self.engines: dict[int, Engine] = {}
         jax.block_until_ready(self.base)
+        keep_freed_memory()
 
     def round(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """One batch from prompts to tokens; with `tokens` the answers themselves come along."""

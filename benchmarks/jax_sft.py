@@ -11,6 +11,7 @@ import jax
 from benchmarks import batches, jax_common
 from benchmarks.measure import Clock, reset_peak, serve
 from benchmarks.protocol import Channel
+from jaxalign.distributed import keep_freed_memory
 from jaxalign.train.assemble import Machine, load_weights
 from jaxalign.train.feed import abstract, place
 from jaxalign.train.programs import COMPILATIONS
@@ -66,6 +67,7 @@ class Loop:
         self.step = self.machine.train_programs([batch])
         self.state = self.machine.new_state()
         jax.block_until_ready(self.state)
+        keep_freed_memory()
         return self.step.prepare(self.machine.abstract_state, self.weights.base, batch)
 
     def round(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -221,22 +221,29 @@ def use_compile_cache(folder: Path | None = None) -> Path | None:
     return folder
 
 
-# mallopt(3): trim threshold, mmap maximum and arena maximum of glibc's malloc
-_KEEP = {-1: -1, -4: 0, -8: 1}
-
-
 _ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt(3)
+
+
+def share_arena() -> bool:
+    """Makes all threads allocate from one arena; whether it could. To be called before JAX starts any:
+    `keep_freed_memory` cannot keep what they free in arenas of their own."""
+    return _mallopt({_ARENA_MAX: 1})
 
 
 def keep_freed_memory() -> bool:
-    """Keeps what XLA's CPU backend frees in this process; whether it could (glibc on Linux, no accelerator).
+    """Keeps what XLA's CPU backend frees from now on; whether it could (glibc on Linux, no accelerator).
 
     Every step allocates the same gigabyte of temporary memory, which glibc by default takes from the kernel
-    and gives back each time: 15 % of a LoRA step of a 135M model was spent in page faults. Call it before JAX
-    starts its threads, which would otherwise have arenas of their own.
+    and gives back each time: 15 % of a LoRA step of a 135M model was spent in page faults. To be called once
+    weights are loaded and programs compiled, whose garbage would be kept as well.
     """
+    return _mallopt({_TRIM_THRESHOLD: -1, _MMAP_MAX: 0})
+
+
+def _mallopt(options: Mapping[int, int]) -> bool:
     cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(_installed, _ACCELERATORS))
     if not sys.platform.startswith("linux") or not cpu:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(option, value) for option, value in _KEEP.items())
+    return mallopt is not None and all(mallopt(option, value) for option, value in options.items())

@@ -188,7 +188,9 @@ def _frozen_loop(
     def one(i: jax.Array, out: Any) -> Any:
         z = _logits(x[i], kernel, head)
         parts, e, total = _parts(z, targets[i], smooth=False)
-        slopes = _slopes(head, z, e, total, kernel, targets[i]) if gradient else ()
+        slopes: tuple[jax.Array, ...] = ()
+        if gradient:
+            slopes = _slopes(head, z, e, total, kernel, targets[i])
         if gradient and not head.softcap:
             # sum_v p_v z_v = h . d lse / d h where z = W h: a short product instead of a pass over the logits
             # (5 % of a LoRA step of a 135M model on a CPU). p is rounded like an operand in it.

@@ -76,7 +76,7 @@ def train(method: str, model: str, data: Data, out: str | Path, config: TrainCon
     does nothing when the run is over. SIGTERM saves first, then raises a `UserError` of status 75.
     Raises `UserError` for every mistake of the input.
     """
-    distributed.keep_freed_memory()
+    distributed.share_arena()
     distributed.start()
     distributed.use_compile_cache()
     notice, folder = distributed.Notice(), RunFolder(Path(out))
@@ -231,6 +231,7 @@ class _Run:
                 plan, parties, checkpoints, sinks, screen.advance, machine.speed, progress, self.notice
             )
             state, before = _state_of(machine, found), COMPILATIONS.count
+            distributed.keep_freed_memory()
             outcome = loop.run(state, start)
         return outcome, compiled | {"late": COMPILATIONS.count - before}
 
