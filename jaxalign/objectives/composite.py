@@ -1,0 +1,74 @@
+"""Losses over pairs that are made of others: a term beside DPO, weights on tokens, and mixtures."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from pydantic import Field
+
+from jaxalign.objectives.answers import Pair, Result, reduce_pairs
+from jaxalign.objectives.base import Scores
+from jaxalign.objectives.pairwise import REFERENCE, Paired
+from jaxalign.types import Batch
+
+
+class RPO(Paired):
+    """DPO with a term of supervised fine-tuning (arXiv:2405.16436, arXiv:2404.19733):
+    L = -log s(z) + a NLL_w, the second term a mean over the tokens of the step."""
+
+    needs: ClassVar[frozenset[str]] = REFERENCE | {"tokens_per_group"}
+
+    beta: float = Field(default=0.01, gt=0)
+    """strength of the pull towards the reference"""
+    alpha: float = Field(default=0.005, ge=0)
+    """a: weight of the negative log-likelihood of the chosen answers; iterative RPO takes 1"""
+
+    def loss(self, pair: Pair) -> jax.Array:
+        """float32 [B]."""
+        return -log_sigmoid(self.beta * pair.delta) + self.alpha * pair.nll
+
+
+class LDDPO(Paired):
+    """Length-desensitised DPO (arXiv:2409.06411): tokens beyond the shorter answer's length count `alpha`."""
+
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """what a log-probability beyond the common length counts; 1 is DPO"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """DPO's mean over the re-weighted sums."""
+        pair = Pair.of(scores, batch, self.weight(scores.mask))
+        return reduce_pairs(self.loss(pair), self.reward, pair, scores)
+
+    def weight(self, mask: jax.Array) -> jax.Array:
+        """float32 [B, 2, T] of each target: 1 up to the shorter answer's length, alpha beyond it."""
+        shorter = mask.sum(axis=-1).min(axis=-1)[:, None, None]
+        return jnp.where(jnp.cumsum(mask, axis=-1) <= shorter, 1.0, self.alpha)
+
+    def loss(self, pair: Pair) -> jax.Array:
+        """float32 [B]."""
+        return -log_sigmoid(self.beta * pair.delta)
+
+
+class MPO(Paired):
+    """Mixed preference optimisation (arXiv:2411.10442): preference, quality and generation,
+    L = a DPO + b BCO + c NLL_w, the last a mean over the tokens of the step."""
+
+    needs: ClassVar[frozenset[str]] = REFERENCE | {"tokens_per_group"}
+    rates: ClassVar[tuple[float, float]] = (5e-6, 5e-5)
+
+    preference: float = Field(default=0.8, ge=0)
+    """a: weight of DPO"""
+    quality: float = Field(default=0.2, ge=0)
+    """b: weight of the binary classifier"""
+    generation: float = Field(default=1.0, ge=0)
+    """c: weight of the negative log-likelihood of the chosen answers"""
+
+    def loss(self, pair: Pair) -> jax.Array:
+        """float32 [B]."""
+        chosen, rejected = self.beta * pair.chosen.ratio, self.beta * pair.rejected.ratio
+        quality = -log_sigmoid(chosen) - log_sigmoid(-rejected)
+        mixed = self.quality * quality - self.preference * log_sigmoid(chosen - rejected)
+        return mixed + self.generation * pair.nll
