@@ -1,0 +1,166 @@
+"""Losses over labelled answers, over lists, and over sorted batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.objectives import listwise, transport, unpaired
+from jaxalign.objectives.base import Scores
+from jaxalign.objectives.pairwise import DPO
+from jaxalign.types import Batch
+from tests.objectives.test_pairs import fixture_pair, published, scores  # noqa: F401
+
+RATIO = jnp.array([1.0, -0.5, -1.0, 0.5])
+LABEL = jnp.array([True, True, False, False])
+ROWS = {
+    "kto": (unpaired.KTO(undesirable_weight=1.5), 2),
+    "apo_zero_unpaired": (unpaired.APOZeroUnpaired(), 1),
+    "bco": (unpaired.BCO(), 1),
+    "bco pooled": (unpaired.BCO(shift="pooled"), 1),
+}
+LISTS = {"lipo": listwise.LiPO(), "pro": listwise.PRO(), "rrhf": listwise.RRHF()}
+
+
+def test_kto(published: dict[str, Any]) -> None:  # noqa: F811
+    v, kto = published["kto"]["expected"], unpaired.KTO(undesirable_weight=1.5)
+    np.testing.assert_allclose(kto.loss(RATIO, LABEL, 0.25), v["per_example"], rtol=1e-5)
+    shifted = kto.loss(RATIO + 3, LABEL, 3.25)
+    np.testing.assert_allclose(shifted, v["per_example"], rtol=1e-5)
+
+
+def test_kto_from_token_scores(published: dict[str, Any]) -> None:  # noqa: F811
+    """Its z is the mean over the mismatched answers, at least 0, and passes no gradient on."""
+    v = published["kto"]
+    tokens = jnp.stack([RATIO, jnp.asarray(v["inputs"]["mismatched_logratio"])], axis=1)[..., None]
+    ones = jnp.ones_like(tokens, bool)
+    batch = Batch(ones, ones, ones, ones, {"label": LABEL})
+    zeros = jnp.zeros_like(tokens)
+
+    def loss(logp: jax.Array) -> Any:
+        s = Scores(logp, zeros, zeros, zeros, zeros, ones, ref=zeros)
+        return unpaired.KTO(undesirable_weight=1.5)(s, batch)
+
+    total, count, metrics = loss(tokens)
+    np.testing.assert_allclose(total / count, v["expected"]["mean"], rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["kl"][0] / metrics["kl"][1], v["expected"]["z0_from_mismatched"], rtol=1e-5
+    )
+    slope = jax.grad(lambda x: loss(x)[0])(tokens)
+    assert slope[:, 0].all()
+    assert not slope[:, 1].any()
+    flipped = tokens.at[:, 1].multiply(-1)
+    assert loss(flipped)[2]["kl"][0] == 0
+    want = 1.5 * unpaired.APOZeroUnpaired().loss(RATIO, LABEL)[2:].sum()
+    np.testing.assert_allclose(
+        loss(flipped)[0], unpaired.KTO().loss(RATIO, LABEL, 0.0)[:2].sum() + want, rtol=1e-5
+    )
+
+
+def test_other_labelled_losses(published: dict[str, Any]) -> None:  # noqa: F811
+    want = published["apo_zero_unpaired"]["expected"]["per_example"]
+    np.testing.assert_allclose(unpaired.APOZeroUnpaired().loss(RATIO, LABEL), want, rtol=1e-5)
+    v = published["bco_unpaired"]
+    ratio, label = jnp.asarray(v["inputs"]["logratio"]), jnp.asarray(v["inputs"]["desirable"]) > 0
+    for shift, name in (("pooled", "trl_pooled_delta"), ("classes", "paper_half_sum_delta")):
+        got = unpaired.BCO(shift=shift).loss(ratio, label, jnp.ones(4, bool))  # type: ignore[arg-type]
+        np.testing.assert_allclose(got, v["expected"][name]["per_example"], rtol=1e-5)
+
+
+def test_lists(published: dict[str, Any]) -> None:  # noqa: F811
+    here = jnp.ones((1, 3), bool)
+    row = lambda x: jnp.asarray([x])  # noqa: E731
+    v = published["lipo_lambda"]
+    got = listwise.LiPO().loss(row(v["inputs"]["score"]), row(v["inputs"]["label"]), here)
+    np.testing.assert_allclose(got, v["expected"]["loss"], rtol=1e-5)
+    v = published["pro"]
+    average, reward = row(v["inputs"]["mean_logp_best_first"]), row(v["inputs"]["reward_best_first"])
+    got = listwise.PRO().ranking(average, reward, here)
+    np.testing.assert_allclose(got, v["expected"]["rank_loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        got + 0.05 * 4 * v["inputs"]["best_sum_nll"], v["expected"]["total"], rtol=1e-5
+    )
+    v = published["rrhf"]
+    got = listwise.RRHF().ranking(row(v["inputs"]["len_norm_logp"]), row(v["inputs"]["reward"]), here)
+    np.testing.assert_allclose(got, v["expected"]["rank_loss"], rtol=1e-5)
+
+
+def test_two_answers_under_lipo_are_dpo_with_a_weight() -> None:
+    score, label = jnp.array([[0.3, -0.2]]), jnp.array([[1.0, 0.0]])
+    weight = abs(1 / np.log(2) - 1 / np.log(3))
+    want = -weight * jax.nn.log_sigmoid(0.5)
+    got = listwise.LiPO().loss(score, label, jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_sorted_batches(published: dict[str, Any], name: str) -> None:  # noqa: F811
+    objective = {"aot": transport.AOT(), "aot_unpaired": transport.AOTUnpaired()}[name]
+    got = objective.loss(fixture_pair([]), jnp.ones(2, bool))
+    np.testing.assert_allclose(got, published[name]["expected"]["per_example"], rtol=1e-5)
+    # The order of the pairs means nothing; a single one is DPO's.
+    s = scores(5)
+    batch = Batch(s.mask, s.mask, s.mask, s.mask)
+    turned = jax.tree.map(lambda x: x[::-1], s)
+    np.testing.assert_allclose(objective(turned, batch)[0], objective(s, batch)[0], rtol=1e-5)
+    one = jax.tree.map(lambda x: x[:1], s)
+    single = jax.tree.map(lambda x: x[:1], batch)
+    np.testing.assert_allclose(objective(one, single)[0], DPO()(one, single)[0], rtol=1e-5)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x[:2], jnp.zeros_like(x[:2]), x[2:]]), s)
+    total, count, _ = objective(padded, jax.tree.map(lambda x: jnp.concatenate([x, x[:2]]), batch))
+    np.testing.assert_allclose(total, objective(s, batch)[0], rtol=1e-5)
+    assert count == 5
+
+
+T = 5
+
+
+def grouped(rows: int, group: int, empty: int = 0) -> tuple[Scores, Batch]:
+    """Scores [rows + empty, group, T]; the last member of the first row, and the last rows, are padding."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(T) < rng.integers(1, T + 1, (rows + empty, group, 1))
+    mask[rows:] = False
+    if group > 2:
+        mask[0, -1] = False
+    draw = lambda: jnp.where(mask, rng.normal(-1, 0.5, mask.shape).astype(np.float32), 0.0)  # noqa: E731
+    s = Scores(draw(), draw(), draw(), draw(), draw(), jnp.asarray(mask), ref=draw())
+    label = jnp.arange(rows + empty) % 2 == 0
+    labels = np.sort(rng.random((rows + empty, group)).astype(np.float32), axis=1)[:, ::-1]
+    labels = np.where(mask.any(-1), labels, np.nan)
+    return s, Batch(mask, mask, mask, mask, {"label": label, "scores": jnp.asarray(labels)})
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LISTS])
+def test_padding_weighs_nothing_and_gradients_are_finite(name: str) -> None:
+    objective, group = ROWS[name] if name in ROWS else (LISTS[name], 4)
+    whole = objective(*grouped(6, group))
+    padded_scores, padded_batch = grouped(6, group, empty=2)
+    first = jax.tree.map(lambda x: x[:6], (padded_scores, padded_batch))
+    total, count, _ = objective(padded_scores, padded_batch)
+    assert whole[1] == count == 6
+    np.testing.assert_allclose(total, objective(*first)[0], rtol=1e-5)
+
+    def loss(logp: jax.Array) -> jax.Array:
+        s = padded_scores
+        return objective(
+            Scores(logp, s.logsumexp, s.mean_logit, s.correct, s.entropy, s.mask, ref=s.ref), padded_batch
+        )[0]
+
+    slope = np.asarray(jax.grad(loss)(padded_scores.logp))
+    assert np.isfinite(slope).all()
+    assert slope[np.asarray(padded_scores.mask)].any()
+    assert not slope[6:].any()
+
+
+def test_one_class_only_is_finite() -> None:
+    s, batch = grouped(4, 2)
+    batch.aux["label"] = jnp.ones(4, bool)
+    for objective in (unpaired.KTO(), unpaired.BCO(), unpaired.APOZeroUnpaired()):
+        total, count, metrics = objective(s, batch)
+        assert np.isfinite(total)
+        assert count == 4
+        assert metrics["rewards/rejected"][1] == 0
