@@ -21,7 +21,6 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
 
     An adapter is folded into the weights. Raises `UserError` as `resolve` and `load_model` do.
     """
-    distributed.share_arena()
     distributed.use_compile_cache()
     source = resolve(model)
     tokenizer = load_tokenizer(source)
@@ -29,7 +28,6 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
     mesh = make_mesh(config.mesh)
     loaded = load_model(source, mesh, param_dtype=dtype, compute_dtype=dtype)
     base = jax.jit(loaded.model.merge, donate_argnums=1)(loaded.adapter, loaded.base)
-    distributed.keep_freed_memory()
     engine = Engine(
         replace(loaded.model, adapter=None),
         base,
