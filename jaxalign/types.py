@@ -42,16 +42,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Several answers to one prompt. `members` begin with the same token ids, the prompt's; `aux` holds
-    what an objective needs besides: scalars, or arrays with one entry a member."""
-
-    id: str
-    members: tuple[Example, ...]
-    aux: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ModelSource:
     """Where a model's files lie on this disk.
 
