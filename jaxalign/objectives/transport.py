@@ -5,7 +5,7 @@ Sorting mixes all pairs of a step, so these losses want the whole batch at once.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,21 @@ from jaxalign.types import Batch
 _BEHIND = 1e30  # where pairs that are padding are sorted to
 
 
+def over_sorted(objective: Any, scores: Scores, batch: Batch) -> Result:
+    """The sum of `loss` over the pairs, those that are not padding in front, and their number."""
+    pair, present = Pair.of(scores, batch), scores.mask.any(axis=-1).all(axis=-1)
+    loss = objective.loss(pair, present)
+    _, count, metrics = reduce_pairs(loss, objective.reward, pair, scores)
+    front = jnp.arange(len(loss)) < present.sum()
+    return jnp.where(front, loss, 0.0).sum(), count, metrics
+
+
 class AOT(Paired):
     """L = -log s(beta (sort(log p_w - log p_l) - sort(log ref_w - log ref_l)))."""
 
     needs: ClassVar[frozenset[str]] = REFERENCE | {"whole_batch"}
 
-    def __call__(self, scores: Scores, batch: Batch) -> Result:
-        """The sum over the pairs, and their number."""
-        pair, present = Pair.of(scores, batch), scores.mask.any(axis=-1).all(axis=-1)
-        return _reduce(self, self.loss(pair, present), pair, present, scores)
+    __call__ = over_sorted
 
     def loss(self, pair: Pair, present: jax.Array) -> jax.Array:
         """float32 [B], in the order of the sorted margins."""
@@ -40,10 +46,7 @@ class AOTUnpaired(Paired):
 
     needs: ClassVar[frozenset[str]] = REFERENCE | {"whole_batch"}
 
-    def __call__(self, scores: Scores, batch: Batch) -> Result:
-        """The sum over the pairs, and their number."""
-        pair, present = Pair.of(scores, batch), scores.mask.any(axis=-1).all(axis=-1)
-        return _reduce(self, self.loss(pair, present), pair, present, scores)
+    __call__ = over_sorted
 
     def loss(self, pair: Pair, present: jax.Array) -> jax.Array:
         """float32 [B], in the order of the sorted log-ratios."""
@@ -54,10 +57,3 @@ class AOTUnpaired(Paired):
 def _sorted(x: jax.Array, present: jax.Array) -> jax.Array:
     """Ascending, padding behind."""
     return jnp.sort(jnp.where(present, x, _BEHIND))
-
-
-def _reduce(objective: Paired, loss: jax.Array, pair: Pair, present: jax.Array, scores: Scores) -> Result:
-    """As over pairs; the losses of the present ones stand in front."""
-    front = jnp.arange(len(loss)) < present.sum()
-    _, count, metrics = reduce_pairs(loss, objective.reward, pair, scores)
-    return jnp.where(front, loss, 0.0).sum(), count, metrics
