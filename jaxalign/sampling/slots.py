@@ -60,6 +60,11 @@ class Emitted:
     count: Any
 
 
+# Calls that the host sends ahead of the devices. XLA's CPU client takes 32 for each device, and then blocks a
+# thread that another device's collective waits for: eight simulated devices hang.
+IN_FLIGHT = 16
+
+
 @partial(jax.jit, static_argnums=0)
 def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -104,9 +109,12 @@ def prefill(
     ends = {name: part for name, part in base.items() if name != "layers"}
     x, shared = _begin(model, ends, tokens, lengths)
     cache = []
-    for kind, params, kv in zip(model.config.layer_kinds, base["layers"], slots.cache, strict=True):
+    layers = zip(model.config.layer_kinds, base["layers"], slots.cache, strict=True)
+    for depth, (kind, params, kv) in enumerate(layers, 1):
         x, kv = _layer(model, params, x, shared[kind], kv, prompt, where)
         cache.append(kv)
+        if depth % IN_FLIGHT == 0:
+            x.block_until_ready()
     return replace(_start(replace(slots, cache=[]), rows, where), cache=cache)
 
 
