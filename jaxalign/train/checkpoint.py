@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +119,6 @@ class Checkpoints:
                 self._put_aside(broken)
                 return found
             broken.append(step)
-            _forget_loads()
         if broken:
             raise UserError(
                 f"none of the {len(broken)} checkpoint(s) can be read",
@@ -147,8 +144,12 @@ class Checkpoints:
         return {name: found[name] for name in ("identity", "progress")}
 
     def _load(self, step: int, like: Parts) -> dict[str, Any]:
-        wanted = {name: flat for name, tree in like.items() if (flat := _by_path(tree))}
-        loaded = ocp.load_checkpointables(self._path(step), wanted)
+        """One part at a time: of several, a failing one would leave the others' coroutines behind, and Python
+        would complain about each."""
+        loaded: dict[str, Any] = {}
+        for name, tree in like.items():
+            if wanted := _by_path(tree):
+                loaded |= ocp.load_checkpointables(self._path(step), {name: wanted})
         return {name: _back(tree, loaded.get(name, {})) for name, tree in like.items()}
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
@@ -195,13 +196,6 @@ def _back(like: Any, flat: Mapping[str, Any]) -> Any:
 def _short(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:300]
-
-
-def _forget_loads() -> None:
-    """A load that failed leaves coroutines behind, and Python would complain about each of them later."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
 
 
 def _context() -> ocp.Context:

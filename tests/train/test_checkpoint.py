@@ -121,17 +121,12 @@ def _save_and_wait(checkpoints: Checkpoints, step: int, toy: Toy) -> None:
     checkpoints.wait()
 
 
-# What orbax's own threads raise after a failure that we have already reported.
-orbax_noise = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 def _tear(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@orbax_noise
 def test_a_torn_checkpoint_falls_back_and_can_be_written_again(tmp_path: Path, toy: Toy) -> None:
     messages: list[str] = []
     checkpoints = _open(tmp_path, say=messages.append)
@@ -155,7 +150,6 @@ def test_an_unfinished_one_is_cleared_away(tmp_path: Path, toy: Toy) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@orbax_noise
 def test_all_torn_is_an_error_that_keeps_them(tmp_path: Path, toy: Toy) -> None:
     checkpoints = _open(tmp_path, say=lambda text: None)
     checkpoints.save(3, parts(toy.state), {})
@@ -166,7 +160,6 @@ def test_all_torn_is_an_error_that_keeps_them(tmp_path: Path, toy: Toy) -> None:
     assert (tmp_path / "3").exists()
 
 
-@orbax_noise
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
 def test_a_full_disk_is_a_clear_error_and_the_last_one_stays(tmp_path: Path, toy: Toy) -> None:
     """The file size limit stands in for a full disk: the write itself fails, deep inside orbax."""
