@@ -13,6 +13,25 @@ Params = dict[str, Any]  # nested dicts of arrays
 Axes = tuple[str | None, ...]  # the logical axis name of each dimension of one array
 
 
+# Segment s + b BRANCH is branch b of segment s: its tokens see those of s and their own. b counts from 1.
+BRANCH = 1 << 20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """The members of each group in one row: what they begin with once, then a branch for each.
+
+    tokens, segments, positions  int32 [B, S], as in `Batch`; members are branches of segment 1
+    index                        int32 [B, G, T]: where in the row token t of member g lies
+    """
+
+    tokens: Any
+    segments: Any
+    positions: Any
+    index: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
@@ -23,6 +42,7 @@ class Batch:
     segments  int32 [B, G, T]  0 is padding, 1, 2, ... the packed examples of a row
     positions int32 [B, G, T]  restart at 0 with every segment
     aux       {name: [B, ...]} what one objective needs besides (reference log-probs, margins, ...)
+    shared    the same tokens with the members' common prompt once, where the model is to compute it once
     """
 
     tokens: Any
@@ -30,15 +50,34 @@ class Batch:
     segments: Any
     positions: Any
     aux: dict[str, Any] = field(default_factory=dict)
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: `tokens` int32 [T], `mask` bool [T] True on the tokens that are trained."""
+    """One tokenised row: `tokens` int32 [T], `mask` bool [T] True on the tokens that are trained.
+
+    ref  float32 [T], log-probs of the targets under a reference policy, where they were computed before
+    """
 
     id: str
     tokens: np.ndarray
     mask: np.ndarray
+    ref: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokenised answers to one prompt. The members begin with the same prompt tokens, none of them trained.
+
+    aux     what a loss needs besides, by name: numbers, or arrays with one for each member
+    family  groups of one family are never split into training and evaluation
+    """
+
+    id: str
+    members: tuple[Example, ...]
+    aux: dict[str, Any] = field(default_factory=dict)
+    family: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from jaxalign.data.packing import best_fit, fill_row, round_up
+from jaxalign.data.packing import bucket_lengths, round_up
+from jaxalign.data.rows import PADDING, Item, Rows, arrange, members_of
 from jaxalign.errors import UserError
-from jaxalign.types import Batch, Example
+from jaxalign.types import Batch, Group
 
-BUCKETS = 4  # row lengths at most: each costs a compilation
+__all__ = ["BatchSource", "BatchStats", "bucket_lengths", "eval_batches", "permutation"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,8 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def bucket_lengths(longest: int, count: int = BUCKETS) -> tuple[int, ...]:
-    """At most `count` row lengths, multiples of 64 in even steps, the last of which takes `longest`."""
-    top = round_up(longest)
-    return tuple(sorted({min(round_up(math.ceil(top * i / count)), top) for i in range(1, count + 1)}))
-
-
 class BatchSource:
-    """Training batches: `batch(step)` gives numpy leaves [A, B_local, G=1, T].
+    """Training batches: `batch(step)` gives numpy leaves [A, B_local, G, T].
 
     `batch_size` rows make one update: A = `accumulation` micro-batches of B rows over all processes. Process
     p of n holds rows p*B/n to (p+1)*B/n of every micro-batch, so all together hold what one process would.
@@ -54,17 +50,26 @@ class BatchSource:
     smaller. `packing` puts several examples into a row; otherwise a row is one example, and a step's T is the
     smallest of `buckets` that takes its longest row (the same on every process).
 
-    Raises `UserError` for sizes that do not divide, no examples, or an example over `max_length`.
+    Of groups a row is one group, G its answers; shorter groups are filled up with answers that hold nothing.
+    `group` is the G wanted; None or 0: that of the longest group. 2 over groups of one answer: member 1 is
+    the row's prompt with the answer of the row before it in the step (the first row takes the last one's).
+    `share`: batches say how the members of a group go into one row with their prompt once (`Batch.shared`);
+    the lengths then are those of such rows.
+
+    Raises `UserError` for sizes that do not divide, no examples, an example over `max_length`, packed groups,
+    or a group of more than `group` answers.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Item],
         *,
         batch_size: int,
         max_length: int,
         accumulation: int = 1,
         packing: bool = False,
+        group: int | None = None,
+        share: bool = False,
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -72,19 +77,20 @@ class BatchSource:
         pad_id: int = 0,
     ) -> None:
         _check_sizes(batch_size, accumulation, process_count, process_index)
-        self.examples, self.pad_id, self.seed = list(examples), pad_id, seed
-        self.batch_size, self.accumulation, self.packing = batch_size, accumulation, packing
-        self._local = slice(*_share(batch_size // accumulation, process_index, process_count))
-        lengths = _lengths(self.examples, max_length)
-        capacity = round_up(max_length)
-        plan = best_fit(lengths, capacity) if packing else [[i] for i in range(len(lengths))]
-        self.rows: list[list[int]] = plan
-        """the examples of every row"""
-        self._row_lengths = np.asarray([int(lengths[row].sum()) for row in plan])
-        longest = int(self._row_lengths.max())
-        chosen = (round_up(longest),) if packing else _buckets(buckets, longest)
-        self.lengths: tuple[int, ...] = chosen
-        """the row lengths T that can occur"""
+        self._rows = arrange(
+            examples,
+            max_length=max_length,
+            packing=packing,
+            group=group,
+            share=share,
+            buckets=buckets,
+            pad_id=pad_id,
+        )
+        if self._rows.rotated and batch_size < 2:
+            cause = "a row is compared with the answer of another one, and batch_size=1 holds no other"
+            raise UserError(cause, place="batch_size", remedy="set it to 2 or more; 16 is a good start")
+        self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
+        self._local = local_rows(batch_size // accumulation, process_index, process_count)
         self._settings = {
             "batch_size": batch_size,
             "packing": packing,
@@ -94,10 +100,44 @@ class BatchSource:
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     @property
+    def examples(self) -> list[Any]:
+        """What it was made of, in the order of the data: examples, or groups."""
+        return self._rows.items
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The examples of every row."""
+        return self._rows.plan
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The row lengths T that can occur."""
+        return self._rows.widths
+
+    @property
+    def group(self) -> int:
+        """G of its batches."""
+        return self._rows.group
+
+    @property
+    def rotated(self) -> bool:
+        """Whether a row borrows the answer of another one."""
+        return self._rows.rotated
+
+    @property
+    def members(self) -> int:
+        """Sequences that the model sees of a row: G, or 1 where the members share it."""
+        return 1 if self._rows.members_in else self.group
+
+    def abstract(self) -> list[Batch]:
+        """Shapes and dtypes of this process's batches [A, B_local, G, T], one for every T, the smallest
+        first: as many compilations as there are."""
+        return self._rows.abstract((self.accumulation, self._local.stop - self._local.start))
+
+    @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
-        """Every shape [A, B_local, G, T] that can occur: as many compilations as there are."""
-        local = self._local.stop - self._local.start
-        return [(self.accumulation, local, 1, length) for length in self.lengths]
+        """The shapes of `abstract` alone."""
+        return [batch.tokens.shape for batch in self.abstract()]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,25 +151,33 @@ class BatchSource:
     @property
     def stats(self) -> BatchStats:
         """Counts of one epoch."""
-        tokens = int(self._row_lengths.sum())
-        widths = np.asarray(self.lengths)[np.searchsorted(self.lengths, self._row_lengths)]
+        examples, sizes = self._rows.own_members, self._rows.sizes
+        tokens = sum(len(e.tokens) for e in examples)
+        widths = np.asarray(self.lengths)[np.searchsorted(self.lengths, sizes)]
+        held = int(sizes.sum()) if self._rows.members_in else tokens
+        laid_out = float(widths.sum()) * (1 if self._rows.rotated else self.members)
         return BatchStats(
             examples=len(self.examples),
             rows=len(self.rows),
             tokens=tokens,
-            targets=int(sum(e.mask[1:].sum() for e in self.examples)),
-            pad_share=1.0 - tokens / float(widths.sum()),
-            longest=int(self._row_lengths.max()),
+            targets=int(sum(e.mask[1:].sum() for e in examples)),
+            pad_share=1.0 - held / laid_out,
+            longest=int(sizes.max()),
         )
 
     @property
     def fingerprint(self) -> str:
         """sha256 over token ids, masks and what decides the order, so not accumulation or processes."""
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
-        for example in self.examples:
-            digest.update(len(example.tokens).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
-            digest.update(np.packbits(example.mask).tobytes())
+        for item in self.examples:
+            if isinstance(item, Group):
+                digest.update(len(item.members).to_bytes(8, "little"))
+                for name in sorted(item.aux):
+                    digest.update(name.encode() + np.asarray(item.aux[name], np.float32).tobytes())
+            for example in members_of(item):
+                digest.update(len(example.tokens).to_bytes(8, "little"))
+                digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+                digest.update(np.packbits(example.mask).tobytes())
         return digest.hexdigest()
 
     def row_indices(self, step: int) -> np.ndarray:
@@ -149,84 +197,58 @@ class BatchSource:
     def batch(self, step: int) -> Batch:
         """The micro-batches of one update on this process."""
         wanted = self.row_indices(step)
-        longest = int(self._row_lengths[wanted].max())
-        length = next(width for width in self.lengths if width >= longest)
-        mine = wanted[:, self._local]
-        rows = [[self.examples[i] for i in self.rows[row]] for row in mine.ravel()]
-        return stack(rows, length, self.pad_id, (*mine.shape, 1))
+        before = self._rows.before(wanted)
+        return self._rows.batch(wanted[:, self._local], before[:, self._local], self._rows.width(wanted))
 
     def ids(self, step: int) -> list[str]:
         """Ids of the examples in one update, over all processes."""
         return [self.examples[i].id for row in self.row_indices(step).ravel() for i in self.rows[row]]
 
 
-def stack(rows: Sequence[Sequence[Example]], length: int, pad_id: int, leading: tuple[int, ...]) -> Batch:
-    """Rows of examples as a `Batch` with leaves [*leading, T = length]."""
-    filled = [fill_row(row, length, pad_id) for row in rows]
-    arrays = (np.stack(leaf).reshape(*leading, length) for leaf in zip(*filled, strict=True))
-    tokens, mask, segments, positions = arrays
-    return Batch(tokens, mask, segments, positions)
-
-
 def eval_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     *,
     batch_size: int,
     max_length: int,
     packing: bool = False,
+    group: int | None = None,
+    share: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     buckets: Sequence[int] | None = None,
     pad_id: int = 0,
 ) -> Iterator[Batch]:
-    """Every example once, as batches with leaves [B_local, G=1, T].
+    """Every example or group once, as batches with leaves [B_local, G, T], which `BatchSource` explains.
 
     The last batch is filled with rows of padding (segments 0, nothing learned), so that shapes stay few. Rows
     go by length, so that little is padded; every process gets equally many batches.
     """
     _check_sizes(batch_size, 1, process_count, process_index)
-    lengths = _lengths(examples, max_length)
-    plan = best_fit(lengths, round_up(max_length)) if packing else [[i] for i in range(len(lengths))]
-    sizes = np.asarray([int(lengths[row].sum()) for row in plan])
-    widths = (round_up(int(sizes.max())),) if packing else _buckets(buckets, int(sizes.max()))
-    order = np.argsort(sizes, kind="stable")
-    first, last = _share(batch_size, process_index, process_count)
-    for begin in range(0, len(order), batch_size):
-        wanted = order[begin : begin + batch_size]
-        width = next(w for w in widths if w >= int(sizes[wanted].max()))
-        rows = [[examples[i] for i in plan[row]] for row in wanted.tolist()]
-        rows += [[]] * (batch_size - len(rows))
-        yield stack(rows[first:last], width, pad_id, (last - first, 1))
+    rows = arrange(
+        examples,
+        max_length=max_length,
+        packing=packing,
+        group=group,
+        share=share,
+        buckets=buckets,
+        pad_id=pad_id,
+    )
+    mine = local_rows(batch_size, process_index, process_count)
+    for wanted in by_length(rows, batch_size):
+        yield rows.batch(wanted[mine], rows.before(wanted)[mine], rows.width(wanted))
 
 
-def _share(rows: int, index: int, count: int) -> tuple[int, int]:
-    return rows // count * index, rows // count * (index + 1)
+def by_length(rows: Rows, batch_size: int) -> Iterator[np.ndarray]:
+    """The rows of every batch [B], the shortest first; the last batch is filled up with `PADDING`."""
+    order = np.argsort(rows.sizes, kind="stable")
+    full = np.full(round_up(len(order), batch_size), PADDING)
+    full[: len(order)] = order
+    yield from full.reshape(-1, batch_size)
 
 
-def _lengths(examples: Sequence[Example], max_length: int) -> np.ndarray:
-    """Length of every example, int64 [N]. Raises `UserError` for none, or one over `max_length`."""
-    if not examples:
-        raise UserError(
-            "no examples to make batches of", remedy="look at the rows with `jaxalign inspect data`"
-        )
-    lengths = np.asarray([len(e.tokens) for e in examples], np.int64)
-    worst = int(lengths.argmax())
-    if lengths[worst] > max_length:
-        cause = f"example {examples[worst].id} has {lengths[worst]} tokens, more than max_length={max_length}"
-        raise UserError(cause, remedy="tokenize with the same max_length")
-    return lengths
-
-
-def _buckets(given: Sequence[int] | None, longest: int) -> tuple[int, ...]:
-    """The row lengths in use: those given, as far as rows reach, or an even few. Raises `UserError`."""
-    if given is None:
-        return bucket_lengths(longest)
-    lengths = sorted({round_up(b) for b in given})
-    if not lengths or lengths[-1] < longest:
-        cause = f"buckets {list(given)} end below the longest row, {longest} tokens"
-        raise UserError(cause, remedy="add a bucket, or lower max_length")
-    fits = next(i for i, width in enumerate(lengths) if width >= longest)
-    return tuple(lengths[: fits + 1])
+def local_rows(rows: int, index: int, count: int) -> slice:
+    """The rows of a batch that process `index` of `count` holds."""
+    return slice(rows // count * index, rows // count * (index + 1))
 
 
 def _check_sizes(batch_size: int, accumulation: int, process_count: int, process_index: int) -> None:

@@ -1,4 +1,4 @@
-"""Rows out of files: JSON, JSONL, CSV and Parquet, each also gzipped. One generator per file format.
+"""Rows out of files: JSON, JSONL and CSV, also gzipped, Parquet and .xlsx. One generator per file format.
 
 A reader yields `(place, row)`; for a row it cannot read, `(place, RowError(reason))`, and goes on.
 """
@@ -118,13 +118,20 @@ def array_rows(text: str, at: int, path: Path) -> Rows:
 
 
 def read_csv(path: Path) -> Rows:
-    """Comma-separated rows under a header; a row with more or fewer fields than the header is bad."""
+    """Comma-separated rows under a header; a row with more or fewer fields than the header is bad.
+
+    A first row that `HEADERLESS` knows is data, and its columns are named there.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = (line.decode("utf-8-sig", errors="surrogateescape") for line in lines_of(path))
     reader = csv.reader(text, strict=True)
     header = next(reader, None)
     if not header:
         raise UserError("an empty file", place=str(path), remedy="the first line names the columns")
+    named = next((names for names in (known(header) for known in HEADERLESS) if names), None)
+    if named is not None:
+        yield f"{path}:1", csv_row(named, header)
+        header = named
     while True:
         place = f"{path}:{reader.line_num + 1}"
         try:
@@ -136,6 +143,18 @@ def read_csv(path: Path) -> Rows:
             continue
         if row:
             yield place, csv_row(header, row)
+
+
+def rating_columns(first: list[str]) -> list[str] | None:
+    """The columns of a file of ratings or rankings (`sources.sparse_feedback`), by its first row of data."""
+    columns = ["instruction", "input", "output", "rating"]
+    if len(first) == 5 and first[-1] in ("(a)", "(b)", "equal"):
+        return ["instruction", "input", "output1", "output2", "ranking"]
+    return columns if len(first) == len(columns) and first[-1] in tuple("1234567") else None
+
+
+# Published CSV files without a header: first row -> names of its columns, or None for another file.
+HEADERLESS: tuple[Callable[[list[str]], list[str] | None], ...] = (rating_columns,)
 
 
 def csv_row(header: list[str], row: list[str]) -> Any:
@@ -166,6 +185,13 @@ def read_parquet(path: Path) -> Rows:
         ) from error
 
 
+def read_xlsx(path: Path) -> Rows:
+    """Rows of the first sheet of a workbook under its header."""
+    from jaxalign.data.xlsx import table
+
+    yield from table(path)
+
+
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
@@ -175,6 +201,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": read_csv,
     ".csv.gz": read_csv,
     ".parquet": read_parquet,
+    ".xlsx": read_xlsx,
 }
 
 

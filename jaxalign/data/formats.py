@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxalign.data.preferences import check_answers
 from jaxalign.data.records import (
     Message,
     RowError,
@@ -22,8 +23,11 @@ from jaxalign.data.records import (
     completion_record,
     text_record,
 )
+from jaxalign.data.sources import oasst
 
 Row = dict[str, Any]
+
+LABELS = ("label", "kto_tag", "is_safe")  # what published rows call a label, true where the answer is wanted
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Format:
     name: str
     keys: str
     matches: Callable[[Row], bool]
-    convert: Callable[..., SFTRecord]  # (row, **fields) -> record; raises RowError, UnwantedRowError
+    convert: Callable[..., Any]  # (row, **fields) -> record, or a list; raises RowError, UnwantedRowError
 
 
 def structured(value: Any) -> Any:
@@ -60,22 +64,28 @@ def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return (Message("system", system), *messages)
 
 
+def check_wanted(row: Row) -> None:
+    """Raise `UnwantedRowError` for an answer that its label calls unwanted."""
+    for key in LABELS:
+        if row.get(key) is False or str(row.get(key)).strip().lower() == "false":
+            raise UnwantedRowError(f"{key} is false: an unwanted answer is not learned")
+
+
 def from_messages(row: Row, **fields: Any) -> SFTRecord:
     """OpenAI: `messages: [{role, content}]`. With a boolean `label`, only wanted answers are learned."""
-    if row.get("label") is False:
-        raise UnwantedRowError("label is false: an unwanted answer is not learned")
+    check_wanted(row)
     return chat_record(with_system(row, as_messages(structured(row["messages"]))), **fields)
 
 
 def from_sharegpt(row: Row, **fields: Any) -> SFTRecord:
     """ShareGPT: `conversations: [{from, value}]`, also with role and content."""
+    check_wanted(row)
     return chat_record(with_system(row, as_messages(structured(row["conversations"]))), **fields)
 
 
 def from_completion(row: Row, **fields: Any) -> SFTRecord:
     """`prompt` and `completion` (or `response`): two strings, or two lists of messages."""
-    if row.get("label") is False:
-        raise UnwantedRowError("label is false: an unwanted answer is not learned")
+    check_wanted(row)
     answer = row["completion"] if "completion" in row else row["response"]
     if is_turns(row["prompt"]):
         prompt = with_system(row, as_messages(structured(row["prompt"])))
@@ -104,24 +114,58 @@ def from_text(row: Row, **fields: Any) -> SFTRecord:
 
 def from_preference(row: Row, **fields: Any) -> SFTRecord:
     """A preference row: the chosen answer is what SFT learns; the rejected one is left out."""
-    context = next((row[key] for key in ("conversations", "messages", "prompt") if row.get(key)), None)
-    chosen = structured(row["chosen"])
-    if context is None and isinstance(chosen, str):
-        return from_transcript(chosen, **fields)
-    if context is None:
-        turns = as_messages(chosen)
-        return chat_record(turns, prompt_turns=len(turns) - 1, **fields)
-    if is_turns(context):
-        prompt = with_system(row, as_messages(structured(context)))
-    elif isinstance(chosen, str):
-        return completion_record(as_text(context, "prompt"), chosen, **fields)
-    else:
-        prompt = with_system(row, (Message("user", as_text(context, "prompt")),))
-    answer = answer_turns(chosen)
-    # UltraFeedback repeats the prompt inside `chosen`.
-    repeats = len(answer) > 1 and answer[0].role in ("system", "user")
-    turns = answer if repeats else prompt + answer
-    return chat_record(turns, prompt_turns=len(turns) - 1 if repeats else len(prompt), **fields)
+    prompt, (answer,) = split_answers(row, {"chosen": row["chosen"]})
+    if isinstance(prompt, str):
+        return completion_record(prompt, str(answer), **fields)
+    return chat_record(prompt + answer, prompt_turns=len(prompt), **fields)
+
+
+def context_of(row: Row) -> tuple[Message, ...] | str | None:
+    """What stands before the answers: the turns of `conversations`, `messages` or `prompt`, an `instruction`
+    as one user turn, a `prompt` string as it is, or None for a row that has the prompt in every answer."""
+    found = next((row[key] for key in ("conversations", "messages", "prompt") if row.get(key)), None)
+    if found is not None and is_turns(found):
+        return with_system(row, as_messages(structured(found)))
+    if found is None and row.get("instruction"):
+        question, context = as_text(row["instruction"], "instruction"), as_text(row.get("input"), "input")
+        text = f"{question}\n{context}" if context.strip() else question
+        return with_system(row, (Message("user", text),))
+    return None if found is None else as_text(found, "prompt")
+
+
+def split_answers(row: Row, values: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """(prompt, answers) of the answers `{name: raw}` of a row: all of them strings, or all of them turns.
+
+    An answer may repeat the prompt, as turns or as a Human/Assistant transcript. Raises `RowError` where the
+    prompts differ.
+    """
+    context, raw = context_of(row), [structured(value) for value in values.values()]
+    if isinstance(context, str):
+        if row.get("instruction") is None and all(isinstance(value, str) for value in raw):
+            return context, tuple(raw)
+        context = with_system(row, (Message("user", context),))
+    parts = [_split(context, value, name) for name, value in zip(values, raw, strict=True)]
+    prompts = [_without_blank(prompt) for prompt, _ in parts]
+    if any(prompt != prompts[0] for prompt in prompts):
+        for name, (prompt, answer) in zip(values, parts, strict=True):
+            check_answers(prompt, {name: answer})  # a fault of one answer says more than that they differ
+        raise RowError(f"{' and '.join(values)} have different prompts")
+    return parts[0][0], tuple(answer for _, answer in parts)
+
+
+def _split(
+    context: tuple[Message, ...] | None, value: Any, name: str
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """(prompt, answer) of one answer, which may repeat the prompt, as UltraFeedback's do."""
+    transcript = context is None and isinstance(value, str)
+    turns = transcript_turns(value, name) if transcript else answer_turns(value)
+    if context is None or (len(turns) > 1 and turns[0].role in ("system", "user")):
+        return turns[:-1], turns[-1:]
+    return context, turns
+
+
+def _without_blank(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(m for m in turns if m.role != "system" or m.content.strip())
 
 
 def answer_turns(value: Any) -> tuple[Message, ...]:
@@ -130,20 +174,21 @@ def answer_turns(value: Any) -> tuple[Message, ...]:
     return (Message("assistant", value),) if isinstance(value, str) else as_messages(value)
 
 
-def from_transcript(transcript: str, **fields: Any) -> SFTRecord:
-    """A transcript in HH-RLHF form: turns begin with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
+def transcript_turns(transcript: str, name: str = "chosen") -> tuple[Message, ...]:
+    """The turns of a transcript in HH-RLHF form: they begin with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
     parts = re.split(r"\n\n(Human|Assistant):", transcript)
     if len(parts) < 3 or parts[0].strip():
-        raise RowError("chosen has no prompt and is not a Human/Assistant transcript")
+        raise RowError(f"{name} has no prompt and is not a Human/Assistant transcript")
     roles = {"Human": "user", "Assistant": "assistant"}
     pairs = zip(parts[1::2], parts[2::2], strict=True)
     turns = tuple(Message(roles[name], text.strip()) for name, text in pairs)
     if turns[-1].role != "assistant":
         raise RowError("the transcript ends on the human's turn")
-    return chat_record(turns, prompt_turns=len(turns) - 1, **fields)
+    return turns
 
 
 FORMATS: tuple[Format, ...] = (
+    Format("tree", "message_tree_id + prompt with replies", oasst.is_tree, oasst.sft_from_tree),
     Format(
         "preference",
         "conversations|messages|prompt + chosen",
@@ -170,18 +215,22 @@ FORMATS: tuple[Format, ...] = (
 KNOWN = "; ".join(f"{f.name}: {f.keys}" for f in FORMATS)
 
 
-def recognise(row: Any) -> Format:
-    """The first format of `FORMATS` that accepts the row. Raises `RowError` naming its columns."""
+def find_format(row: Any, formats: tuple[Format, ...] = FORMATS) -> Format:
+    """The first of `formats` that accepts the row. Raises `RowError` naming its columns."""
     if not isinstance(row, dict):
         raise RowError("the row is not an object")
-    for candidate in FORMATS:
+    for candidate in formats:
         if candidate.matches(row):
             return candidate
     raise RowError(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
 
 
-def to_record(row: Any, *, source: str = "", place: str = "") -> tuple[SFTRecord, str]:
-    """(record, format name) of one row. Raises `RowError` or `UnwantedRowError`."""
-    found = recognise(row)
+def to_records(row: Any, *, source: str = "", place: str = "") -> tuple[list[Any], str]:
+    """(records with the faults among them, format name) of one row: one record, but many of a tree.
+
+    Raises `RowError` or `UnwantedRowError`.
+    """
+    found = find_format(row)
     meta = {key: row[key] for key in ("id", "meta", "margin", "score") if row.get(key) is not None}
-    return found.convert(row, source=source, place=place, meta=meta), found.name
+    made = found.convert(row, source=source, place=place, meta=meta)
+    return made if isinstance(made, list) else [made], found.name

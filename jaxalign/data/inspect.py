@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxalign.data.batching import BatchSource, bucket_lengths
 from jaxalign.data.chat import Tokenizer
-from jaxalign.data.readers import LoadReport
+from jaxalign.data.group_formats import GroupOptions
+from jaxalign.data.preferences import GroupRecord
+from jaxalign.data.readers import LoadReport, kind_of, read_groups, read_records
 from jaxalign.data.records import SFTRecord
+from jaxalign.data.rows import Item, members_of, prompt_length
 from jaxalign.data.spans import LossOn
-from jaxalign.data.tokenize import Truncation, tokenize
-from jaxalign.types import Example
+from jaxalign.data.tokenize import Truncation, tokenize, tokenize_groups
+from jaxalign.types import Example, Group
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,13 +99,16 @@ def histogram(lengths: np.ndarray, edges: Sequence[int]) -> list[str]:
     return out
 
 
-def packing_lines(examples: Sequence[Example], max_length: int) -> list[str]:
-    """Rows and share of padding, with and without packing."""
+def packing_lines(items: Sequence[Item], max_length: int) -> list[str]:
+    """Rows and share of padding; for examples with and without packing."""
+    packed = {"one example a row": False, "packed": True}
+    ways = {"one answer a row": False} if isinstance(items[0], Group) else packed
     out = []
-    for name, packing in (("one example a row", False), ("packed", True)):
-        source = BatchSource(examples, batch_size=1, max_length=max_length, packing=packing)
+    for name, packing in ways.items():
+        source = BatchSource(items, batch_size=1, max_length=max_length, packing=packing)
         stats, lengths = source.stats, ", ".join(map(str, source.lengths))
-        out.append(f"{name}: {stats.rows} rows, {stats.pad_share:.1%} padding, row lengths {lengths}")
+        rows = stats.rows * source.group
+        out.append(f"{name}: {rows} rows, {stats.pad_share:.1%} padding, row lengths {lengths}")
     return out
 
 
@@ -115,18 +123,46 @@ def say(out: Console, lines: Sequence[str], title: str = "") -> None:
 def say_row(out: Console, example: Example, tokenizer: Tokenizer) -> None:
     """Print one example token by token."""
     total, learned = len(example.tokens), int(example.mask.sum())
-    tokens = show_tokens(example, tokenizer)
     say(out, [], f"Row {example.id}: {total} tokens, {learned} learned")
+    say_tokens(out, example, tokenizer)
+
+
+def say_tokens(out: Console, example: Example, tokenizer: Tokenizer, first: int = 0) -> None:
+    """Print the tokens of an example from the token `first` on."""
+    cut = Example(example.id, example.tokens[first:], example.mask[first:])
+    tokens = show_tokens(cut, tokenizer)
     if out.is_terminal:
         out.print(rich_tokens(tokens))
     else:
         say(out, plain_tokens(tokens))
-    if total > TOKENS_SHOWN:
-        say(out, [f"... {total - TOKENS_SHOWN} more tokens"])
+    if len(cut.tokens) > TOKENS_SHOWN:
+        say(out, [f"... {len(cut.tokens) - TOKENS_SHOWN} more tokens"])
+
+
+def say_group(out: Console, group: Group, tokenizer: Tokenizer) -> None:
+    """Print the prompt of a group once, then each answer under its name and its score, label or margin."""
+    stem = min(prompt_length(m) for m in group.members)
+    first = group.members[0]
+    say(out, [], f"Row {group.id}: a prompt of {stem} tokens, {len(group.members)} answer(s)")
+    say_tokens(out, Example(first.id, first.tokens[:stem], first.mask[:stem]), tokenizer)
+    for member, title in zip(group.members, titles(group), strict=True):
+        size, learned = len(member.tokens) - stem, int(member.mask.sum())
+        say(out, [], f"{title}: {size} tokens, {learned} learned")
+        say_tokens(out, member, tokenizer, stem)
+
+
+def titles(group: Group) -> list[str]:
+    """What to call each answer of a group."""
+    if "label" in group.aux:
+        return ["wanted" if group.aux["label"] else "unwanted"]
+    if "scores" in group.aux:
+        return [f"score {score:g}" for score in group.aux["scores"].tolist()]
+    margin = float(group.aux["margin"])
+    return ["chosen" if math.isnan(margin) else f"chosen, margin {margin:g}", "rejected"]
 
 
 def inspect_data(
-    records: Sequence[SFTRecord],
+    records: Sequence[SFTRecord] | Sequence[GroupRecord],
     report: LoadReport,
     tokenizer: Tokenizer,
     *,
@@ -138,22 +174,43 @@ def inspect_data(
 ) -> None:
     """Print what was read and left out, the first `rows` rows token by token, lengths and packing.
 
-    Coloured on a terminal, plain text elsewhere. Raises `UserError` as `tokenize` does.
+    Records to imitate are shown one by one, answers that are compared or judged under their prompt. Coloured
+    on a terminal, plain text elsewhere. Raises `UserError` as `tokenize` and `tokenize_groups` do.
     """
     from rich.console import Console
 
     out = console or Console()
     say(out, report.lines(), "Rows")
-    examples, counted = tokenize(records, tokenizer, max_length, truncation, loss_on)
+    alone = [r for r in records if isinstance(r, SFTRecord)]
+    compared = [r for r in records if not isinstance(r, SFTRecord)]
+    if alone:
+        items, counted = tokenize(alone, tokenizer, max_length, truncation, loss_on)
+    else:
+        items, counted = tokenize_groups(compared, tokenizer, max_length, truncation)
     choice = f"max_length {max_length}, truncation {truncation}, loss_on {loss_on or 'by row form'}"
     stops = ", ".join(f"{tokenizer.decode([i], special=True)!r} ({i})" for i in tokenizer.stop_tokens)
-    say(
-        out,
-        [*counted.lines(), f"stop tokens: {stops}", KEY if out.is_terminal else PLAIN_KEY],
-        f"Tokens ({choice})",
-    )
-    for example in examples[:rows]:
-        say_row(out, example, tokenizer)
-    lengths = np.asarray([len(e.tokens) for e in examples])
+    key = KEY if out.is_terminal else PLAIN_KEY
+    say(out, [*counted.lines(), f"stop tokens: {stops}", key], f"Tokens ({choice})")
+    for item in items[:rows]:
+        say_group(out, item, tokenizer) if isinstance(item, Group) else say_row(out, item, tokenizer)
+    lengths = np.asarray([len(e.tokens) for item in items for e in members_of(item)])
     say(out, histogram(lengths, bucket_lengths(int(lengths.max()), 8)), "Lengths in tokens")
-    say(out, packing_lines(examples, max_length), "Rows of a batch")
+    say(out, packing_lines(items, max_length), "Rows of a batch")
+
+
+def inspect_files(
+    data: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    kind: str | None = None,
+    options: GroupOptions | None = None,
+    max_bad_rows: float = 0.1,
+    **shown: Any,
+) -> None:
+    """`inspect_data` of files, read as `kind`: sft, pairs, binary or lists; None: what the first row is."""
+    chosen = kind or kind_of(data)
+    if chosen == "sft":
+        records, report = read_records(data, max_bad_rows=max_bad_rows)
+    else:
+        records, report = read_groups(data, chosen, options=options, max_bad_rows=max_bad_rows)
+    inspect_data(records, report, tokenizer, **shown)

@@ -1,20 +1,41 @@
-"""Which examples share a row: deterministic best-fit decreasing, and the row as arrays."""
+"""Row lengths, which examples share a row (deterministic best-fit decreasing), and the row as arrays."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxalign.errors import UserError
 from jaxalign.types import Example
 
 MULTIPLE = 64  # row lengths are multiples of it: tiles stay whole and shapes few
+BUCKETS = 4  # row lengths at most: each costs a compilation
 
 
 def round_up(length: int, multiple: int = MULTIPLE) -> int:
     """The smallest multiple of `multiple` that is at least `length`."""
     return -(-length // multiple) * multiple
+
+
+def bucket_lengths(longest: int, count: int = BUCKETS) -> tuple[int, ...]:
+    """At most `count` row lengths, multiples of 64 in even steps, the last of which takes `longest`."""
+    top = round_up(longest)
+    return tuple(sorted({min(round_up(math.ceil(top * i / count)), top) for i in range(1, count + 1)}))
+
+
+def bucket_widths(given: Sequence[int] | None, longest: int) -> tuple[int, ...]:
+    """The row lengths in use: those given, as far as rows reach, or an even few. Raises `UserError`."""
+    if given is None:
+        return bucket_lengths(longest)
+    lengths = sorted({round_up(b) for b in given})
+    if not lengths or lengths[-1] < longest:
+        cause = f"buckets {list(given)} end below the longest row, {longest} tokens"
+        raise UserError(cause, remedy="add a bucket, or lower max_length")
+    fits = next(i for i, width in enumerate(lengths) if width >= longest)
+    return tuple(lengths[: fits + 1])
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxalign.data import group_formats
+from jaxalign.data.convert import check_policy
 from jaxalign.data.files import READERS, Rows, find_files, read_file, suffix_of
-from jaxalign.data.formats import KNOWN, is_turns, structured, to_record, with_system
+from jaxalign.data.formats import KNOWN, is_turns, structured, to_records, with_system
+from jaxalign.data.group_formats import CONVERSIONS, GROUP_FORMATS, GroupOptions, native, to_best, to_groups
+from jaxalign.data.preferences import BinaryRecord, GroupRecord, PreferenceRecord, ScoredRecord
 from jaxalign.data.records import (
     Message,
     Prompt,
@@ -21,7 +25,8 @@ from jaxalign.data.records import (
     check_roles,
     content_id,
 )
-from jaxalign.errors import UserError
+from jaxalign.data.sources import oasst, sparse_feedback
+from jaxalign.errors import UserError, nearest
 
 PLACES_KEPT = 3  # examples of each reason that a report remembers
 
@@ -36,6 +41,7 @@ class LoadReport:
 
     rejects, skipped  {reason: (count, first places)}: rows at fault; sound rows that this use leaves out
     formats           {format name: records}
+    contradictions    pairs that another pair turns round
     """
 
     rows: int = 0
@@ -43,6 +49,7 @@ class LoadReport:
     rejects: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     skipped: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
+    contradictions: int = 0
 
     @property
     def rejected(self) -> int:
@@ -57,6 +64,8 @@ class LoadReport:
             for reason, (count, places) in sorted(reasons.items(), key=lambda item: -item[1][0]):
                 more = ", ..." if count > len(places) else ""
                 out.append(f"{title} {count}: {reason} ({', '.join(places)}{more})")
+        if self.contradictions:
+            out.append(f"{self.contradictions} pairs are there both ways round: choose one with `select`")
         return out
 
 
@@ -110,61 +119,144 @@ def read_hub(name: str, split: str | None, config: str | None) -> Rows:
         yield f"{typed}:row {index}", row
 
 
-def records_of(rows: Rows, source: str, report: LoadReport) -> Iterator[SFTRecord]:
-    """Records of the rows; the report's dictionaries are filled on the way."""
-    for place, row in rows:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            record, name = to_record(row, source=source, place=place)
-        except RowError as reason:
-            tally(report.rejects, str(reason), place)
-        except UnwantedRowError as reason:
-            tally(report.skipped, str(reason), place)
-        else:
-            report.formats[name] = report.formats.get(name, 0) + 1
-            yield record
+Item = TypeVar("Item", bound=Any)
+# (row, place, source) -> (records with the faults among them, format name); raises RowError, UnwantedRowError
+Convert = Callable[[Any, str, str], tuple[list[Any], str]]
+
+JOINS = (oasst.joined, sparse_feedback.joined)  # formats whose records span several rows of a file
 
 
-def read_records(
-    sources: str | Path | Sequence[str | Path], *, max_bad_rows: float = 0.1, limit: int | None = None
-) -> tuple[list[SFTRecord], LoadReport]:
+def load(
+    sources: str | Path | Sequence[str | Path],
+    convert: Convert,
+    *,
+    max_bad_rows: float,
+    limit: int | None = None,
+    known: str = KNOWN,
+) -> tuple[list[Any], LoadReport]:
     """Records of files, folders or hub data sets, and the report of what was left out.
 
     Raises `UserError` when a source is missing, when more than the share `max_bad_rows` of the rows is
     at fault, or when no record is left. `limit` stops after so many records.
     """
     names = [sources] if isinstance(sources, str | Path) else list(sources)
-    report, records = LoadReport(), []
-    for name in names:
-        for record in records_of(read_rows(name), str(name), report):
-            records.append(record)
-            if len(records) == limit:
-                break
-        if len(records) == limit:
+    report, records, rows = LoadReport(), [], 0
+    for place, row, source in _rows_of(names):
+        rows += 1
+        records += _converted(row, place, source, convert, report)
+        if limit is not None and len(records) >= limit:
             break
-    skipped = sum(count for count, _ in report.skipped.values())
-    report = replace(report, rows=len(records) + report.rejected + skipped, records=len(records))
-    check_bad(report, max_bad_rows, ", ".join(map(str, names)))
+    records = records[:limit]
+    report = replace(report, rows=rows, records=len(records))
+    check_bad(report, max_bad_rows, ", ".join(map(str, names)), known)
     return unique_ids(records), report
 
 
-def check_bad(report: LoadReport, max_bad_rows: float, place: str) -> None:
+def _rows_of(names: Sequence[str | Path]) -> Iterator[tuple[str, Any, str]]:
+    """(place, row, source) of all sources."""
+    for name in names:
+        rows = read_rows(name)
+        for join in JOINS:
+            rows = join(rows)
+        yield from ((place, row, str(name)) for place, row in rows)
+
+
+def _converted(row: Any, place: str, source: str, convert: Convert, report: LoadReport) -> list[Any]:
+    """The records of one row; the report's dictionaries are filled on the way."""
+    try:
+        if isinstance(row, RowError | UnwantedRowError):
+            raise row
+        parts, name = convert(row, place, source)
+    except (RowError, UnwantedRowError) as reason:
+        parts, name = [reason], ""
+    records = []
+    for part in parts:
+        if isinstance(part, RowError):
+            tally(report.rejects, str(part), place)
+        elif isinstance(part, UnwantedRowError):
+            tally(report.skipped, str(part), place)
+        else:
+            report.formats[name] = report.formats.get(name, 0) + 1
+            records.append(part)
+    return records
+
+
+def read_records(
+    sources: str | Path | Sequence[str | Path], *, max_bad_rows: float = 0.1, limit: int | None = None
+) -> tuple[list[SFTRecord], LoadReport]:
+    """Rows to imitate, of scored answers the best; `load` says what it raises."""
+
+    def convert(row: Any, place: str, source: str) -> tuple[list[Any], str]:
+        best = to_best(row, source=source, place=place)
+        return best if best is not None else to_records(row, source=source, place=place)
+
+    return load(sources, convert, max_bad_rows=max_bad_rows, limit=limit)
+
+
+def read_groups(
+    sources: str | Path | Sequence[str | Path],
+    kind: str,
+    *,
+    options: GroupOptions | None = None,
+    max_bad_rows: float = 0.1,
+    limit: int | None = None,
+) -> tuple[list[GroupRecord], LoadReport]:
+    """Rows that compare or judge answers. `kind` is what the method learns from: pairs (`PreferenceRecord`),
+    binary (`BinaryRecord`) or lists (`ScoredRecord`); rows of another kind are converted where that can be.
+
+    Raises `UserError` for an unknown kind or policy, and as `load` does.
+    """
+    chosen = options or GroupOptions()
+    check_policy(chosen.pairs)
+    if kind not in CONVERSIONS:
+        remedy = f"known: {', '.join(CONVERSIONS)}"
+        raise UserError(f"unknown kind of rows {kind!r}{nearest(kind, CONVERSIONS)}", remedy=remedy)
+
+    def convert(row: Any, place: str, source: str) -> tuple[list[Any], str]:
+        return to_groups(row, kind, chosen, source=source, place=place)
+
+    records, report = load(
+        sources, convert, max_bad_rows=max_bad_rows, limit=limit, known=group_formats.KNOWN
+    )
+    return records, replace(report, contradictions=count_contradictions(records))
+
+
+def kind_of(sources: str | Path | Sequence[str | Path]) -> str:
+    """What the first usable row is by itself: pairs, binary, lists, or else sft."""
+    names = [sources] if isinstance(sources, str | Path) else list(sources)
+    kinds = {PreferenceRecord: "pairs", BinaryRecord: "binary", ScoredRecord: "lists"}
+    for _, row, _ in _rows_of(names):
+        if isinstance(row, dict) and not any(known.matches(row) for known in GROUP_FORMATS):
+            return "sft"
+        try:
+            parts = [] if isinstance(row, RowError | UnwantedRowError) else native(row)[0]
+        except (RowError, UnwantedRowError):
+            continue
+        found = next((kinds[type(part)] for part in parts if type(part) in kinds), None)
+        if found is not None:
+            return found
+    return "sft"
+
+
+def count_contradictions(records: Sequence[GroupRecord]) -> int:
+    """How many pairs another pair turns round: the same prompt, chosen and rejected exchanged."""
+    pairs = {(r.prompt, r.answers) for r in records if isinstance(r, PreferenceRecord)}
+    return sum(1 for prompt, answers in pairs if (prompt, answers[::-1]) in pairs) // 2
+
+
+def check_bad(report: LoadReport, max_bad_rows: float, place: str, known: str = KNOWN) -> None:
     """Raise `UserError` when too many rows are at fault or none is left."""
-    remedy = "\n  ".join([*report.lines()[1:], f"rows known: {KNOWN}"])
-    if report.rejected > max_bad_rows * max(report.rows, 1):
-        cause = (
-            f"{report.rejected} of {report.rows} rows cannot be used, more than max_bad_rows={max_bad_rows:g}"
-        )
+    remedy = "\n  ".join([*report.lines()[1:], f"rows known: {known}"])
+    # One row may hold many records, and as many faults.
+    total = max(report.rows, report.records + report.rejected, 1)
+    if report.rejected > max_bad_rows * total:
+        cause = f"{report.rejected} of {total} rows cannot be used, more than max_bad_rows={max_bad_rows:g}"
         raise UserError(cause, place=place, remedy=remedy)
     if not report.records:
         raise UserError("no usable row", place=place, remedy=remedy)
 
 
-Row = TypeVar("Row", SFTRecord, Prompt)
-
-
-def unique_ids(rows: list[Row]) -> list[Row]:
+def unique_ids(rows: list[Item]) -> list[Item]:
     """The rows with `#2`, `#3`, ... added to ids that occurred before, so that every id is one row's."""
     seen: dict[str, int] = {}
     out = []
@@ -208,17 +300,16 @@ def to_prompt(row: Any, place: str) -> Prompt:
     return Prompt(name, messages, text, row, place)
 
 
+def to_prompts(row: Any, place: str, source: str) -> tuple[list[Prompt], str]:
+    """The prompt of one row, or all those of a tree. Raises `RowError`, `UnwantedRowError`."""
+    if isinstance(row, dict) and oasst.is_tree(row):
+        about = {key: value for key, value in row.items() if key not in ("prompt", "replies")}
+        return [
+            Prompt(name, turns, None, about, place) for name, turns in oasst.prompts_from_tree(row)
+        ], "tree"
+    return [to_prompt(row, place)], "prompts"
+
+
 def read_prompts(source: str | Path, *, max_bad_rows: float = 0.1) -> tuple[list[Prompt], LoadReport]:
-    """Prompts to answer, and the report. Raises `UserError` as `read_records` does."""
-    report, prompts = LoadReport(), []
-    for place, row in read_rows(source):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            prompts.append(to_prompt(row, place))
-        except RowError as reason:
-            tally(report.rejects, str(reason), place)
-    report.formats["prompts"] = len(prompts)
-    report = replace(report, rows=len(prompts) + report.rejected, records=len(prompts))
-    check_bad(report, max_bad_rows, str(source))
-    return unique_ids(prompts), report
+    """Prompts to answer, and the report. Raises `UserError` as `load` does."""
+    return load(source, to_prompts, max_bad_rows=max_bad_rows)

@@ -6,7 +6,8 @@ prompt) must begin the text with that turn, which must begin the whole. Masks ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -120,6 +121,11 @@ def encode_layout(layout: Layout, encoding: Any, tokenizer: Tokenizer, name: str
     cuts = [start for start, _ in layout.spans if _differs(layout.text, ids, starts, ends, start, tokenizer)]
     if cuts:
         ids, starts = _encode_cut(layout.text, cuts, tokenizer)
+    return replace(mark(layout, ids, starts, tokenizer, name), splits=len(cuts))
+
+
+def mark(layout: Layout, ids: list[int], starts: np.ndarray, tokenizer: Tokenizer, name: str) -> Marked:
+    """The laid-out record as tokens with their mask; `starts` [T] is the first character of every token."""
     mask = np.full(len(ids), layout.whole)
     unstopped = 0
     for start, end in () if layout.whole else layout.spans:
@@ -131,7 +137,7 @@ def encode_layout(layout: Layout, encoding: Any, tokenizer: Tokenizer, name: str
     tokenizer.checked(ids)
     mask[:1] = False  # nothing precedes it
     example = Example(name, np.asarray(ids, np.int32), mask)
-    return Marked(example, len(cuts), unstopped, 0 if layout.plain else len(layout.spans))
+    return Marked(example, 0, unstopped, 0 if layout.plain else len(layout.spans))
 
 
 def _offsets(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -157,13 +163,26 @@ def _differs(
 def _encode_cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], np.ndarray]:
     """Ids and first characters of a text encoded in pieces. EOS before a later piece keeps it from being
     treated as the start of a text (sentencepiece puts a space there)."""
-    anchor = tokenizer.backend.id_to_token(tokenizer.eos_id)
-    first = tokenizer.backend.encode(text[: cuts[0]], add_special_tokens=False)
-    ids, starts = list(first.ids), [_offsets(first)[0]]
-    for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
-        piece = tokenizer.backend.encode(anchor + text[begin:end], add_special_tokens=False)
+    pieces = [text[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    encodings = tokenizer.encode_batch([text[: cuts[0]], *(anchored(piece, tokenizer) for piece in pieces)])
+    return join_pieces(encodings, cuts, tokenizer)
+
+
+def anchored(text: str, tokenizer: Tokenizer) -> str:
+    """A later piece of a text, to be encoded by itself."""
+    return tokenizer.backend.id_to_token(tokenizer.eos_id) + text
+
+
+def join_pieces(
+    encodings: Sequence[Any], cuts: Sequence[int], tokenizer: Tokenizer
+) -> tuple[list[int], np.ndarray]:
+    """Ids and first characters of a text out of the encodings of its pieces: the first as it is, those that
+    begin at `cuts` as `anchored`."""
+    anchor = len(anchored("", tokenizer))
+    ids, starts = list(encodings[0].ids), [_offsets(encodings[0])[0]]
+    for begin, piece in zip(cuts, encodings[1:], strict=True):
         ids += piece.ids[1:]
-        starts.append(_offsets(piece)[0][1:] - len(anchor) + begin)
+        starts.append(_offsets(piece)[0][1:] - anchor + begin)
     return ids, np.concatenate(starts)
 
 

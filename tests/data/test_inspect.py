@@ -1,9 +1,18 @@
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from jaxalign.data.inspect import histogram, inspect_data, plain_tokens, rich_tokens, show_tokens
+from jaxalign.data.inspect import (
+    histogram,
+    inspect_data,
+    inspect_files,
+    plain_tokens,
+    rich_tokens,
+    show_tokens,
+)
+from jaxalign.data.preferences import binary_record, pair_record, scored_record
 from jaxalign.data.readers import LoadReport
 from jaxalign.data.records import chat_record
 from jaxalign.data.tokenize import encode_record
@@ -65,3 +74,52 @@ def test_histogram_counts_every_length():
     lines = histogram(np.asarray([1, 64, 65, 128, 128]), (64, 128))
     assert [line.split()[0] for line in lines] == ["1-64", "65-128"]
     assert [line.split()[-1] for line in lines] == ["2", "3"]
+
+
+PAIR = pair_record(chat("u:hello"), chat("a:hi"), chat("a:no"), margin=0.5, meta={"id": "p"})
+
+
+def printed_groups(records, *, terminal=False, **options) -> str:
+    stream = io.StringIO()
+    color = "truecolor" if terminal else None
+    console = Console(file=stream, force_terminal=terminal, width=120, color_system=color)
+    report = LoadReport(3, 2, {"chosen and rejected are equal": (1, ("a.jsonl:2",))}, {}, {"preference": 2})
+    inspect_data(records, report, toy(), console=console, **options)
+    return stream.getvalue()
+
+
+def test_pairs_show_the_prompt_once_and_both_answers():
+    text = printed_groups([PAIR])
+    assert text.count("<|turn|>user\\nhello<|end|>") == 1
+    assert "Row p: a prompt of" in text
+    assert "chosen, margin 0.5: 4 tokens, 3 learned\n+ 'hi<|end|>'\n- '\\n'" in text
+    assert "rejected: 4 tokens, 3 learned\n+ 'no<|end|>'\n- '\\n'" in text
+    assert "rejected 1: chosen and rejected are equal (a.jsonl:2)" in text
+    assert "one answer a row: 2 rows" in text
+    assert "packed" not in text
+
+
+def test_pairs_are_coloured_on_a_terminal():
+    text = printed_groups([PAIR], terminal=True)
+    assert "\x1b[" in text
+    assert "learned: green" in text
+
+
+def test_labels_and_scores_name_the_answers():
+    label = binary_record(chat("u:hello"), chat("a:hi"), False)
+    scored = scored_record(chat("u:hello"), [chat("a:a"), chat("a:b")], [1, 2.5])
+    assert "unwanted: 4 tokens" in printed_groups([label])
+    text = printed_groups([scored])
+    assert text.index("score 2.5:") < text.index("score 1:")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"), [(None, "chosen: "), ("sft", "1 preference"), ("binary", "wanted: ")]
+)
+def test_files_are_shown_as_what_they_are_or_as_asked(kind, shown, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "hello"}], "chosen": "hi", "rejected": "no"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    stream = io.StringIO()
+    inspect_files(tmp_path / "a.jsonl", toy(), kind=kind, console=Console(file=stream, width=120))
+    assert shown in stream.getvalue()
+    assert ("\nrejected: " in stream.getvalue()) == (kind is None)

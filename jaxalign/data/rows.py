@@ -1,0 +1,250 @@
+"""The rows of a data set, and how some of them become a batch: what training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from jaxalign.data.packing import best_fit, bucket_widths, fill_row, round_up
+from jaxalign.data.sharing import lay_out, shared_length
+from jaxalign.errors import UserError
+from jaxalign.types import Batch, Example, Group, Shared
+
+Item = Example | Group
+
+PADDING = -1  # in place of a row's index: a row that holds nothing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples, several to a row where they are packed, or groups of answers, one to a row.
+
+    items    what was given; plan: the items of every row
+    sizes    int64 [R], the longest member of every row, in tokens; where members share, the whole row
+    widths   the row lengths that can occur: T, or S where members share a row
+    group    G, the answers of a row of a batch
+    rotated  member 1 is the row's own prompt with the answer of the row before it in the step
+    members_in  T where members share a row (`Batch.shared`), else None
+    """
+
+    items: list[Item]
+    plan: list[list[int]]
+    sizes: np.ndarray
+    widths: tuple[int, ...]
+    group: int
+    rotated: bool
+    max_length: int
+    pad_id: int
+    members_in: int | None = None
+
+    def members(self, row: int, before: int = PADDING) -> list[list[Example]]:
+        """The examples of each of the row's `group` members; `before` is the row whose answer is borrowed."""
+        if row == PADDING:
+            return [[]] * self.group
+        if self.rotated:
+            own = self.answer(row)
+            strange = [] if before in (PADDING, row) else [self.mismatched(own, self.answer(before))]
+            return [[own], strange]
+        first = self.items[self.plan[row][0]]
+        if isinstance(first, Example):
+            return [[cast(Example, self.items[i]) for i in self.plan[row]]]
+        return [[m] for m in first.members] + [[]] * (self.group - len(first.members))
+
+    def answer(self, row: int) -> Example:
+        """The first member of a row of groups."""
+        return cast(Group, self.items[self.plan[row][0]]).members[0]
+
+    def mismatched(self, own: Example, other: Example) -> Example:
+        """The prompt of one row with the answer of another, cut at `max_length`."""
+        prompt, answer = own.tokens[: prompt_length(own)], prompt_length(other)
+        tokens = np.concatenate([prompt, other.tokens[answer:]])[: self.max_length]
+        mask = np.concatenate([np.zeros(len(prompt), bool), other.mask[answer:]])[: self.max_length]
+        return Example(own.id, tokens, mask)
+
+    def before(self, wanted: np.ndarray) -> np.ndarray:
+        """For every row of a step the one whose answer it borrows: the one before it, cyclically."""
+        flat = wanted.ravel()
+        real = flat != PADDING
+        out = np.full_like(flat, PADDING)
+        out[real] = np.roll(flat[real], 1)
+        return out.reshape(wanted.shape)
+
+    def width(self, wanted: np.ndarray) -> int:
+        """The smallest of `widths` that takes all rows of a step, those of all processes."""
+        real = wanted[wanted != PADDING]
+        longest = int(self.sizes[real].max())
+        if self.rotated:
+            both = zip(real.tolist(), np.roll(real, 1).tolist(), strict=True)
+            longest = max(longest, *(self._size(self.members(*pair)) for pair in both))
+        return next(width for width in self.widths if width >= longest)
+
+    def _size(self, members: list[list[Example]]) -> int:
+        """Tokens of the row that these members need."""
+        alone = [member[0] for member in members if member]
+        if self.members_in is not None:
+            return shared_length(alone)
+        return max(len(e.tokens) for e in alone)
+
+    def batch(self, wanted: np.ndarray, before: np.ndarray, width: int) -> Batch:
+        """Leaves [*wanted.shape, G, T] of the rows `wanted`; `before` as from the method of that name."""
+        pairs = zip(wanted.ravel().tolist(), before.ravel().tolist(), strict=True)
+        groups = [self.members(row, previous) for row, previous in pairs]
+        parts = [part for members in groups for part in members]
+        aux = {
+            name: np.stack([self._aux(name, row) for row in wanted.ravel().tolist()]).reshape(
+                *wanted.shape, *blank.shape
+            )
+            for name, blank in self.blank_aux.items()
+        }
+        shape = (*wanted.shape, self.group)
+        if self.has_ref:
+            refs = [_padded_ref(part, self.members_in or width) for part in parts]
+            aux["ref"] = np.stack(refs).reshape(*shape, -1)
+        if self.members_in is None:
+            return stack(parts, width, self.pad_id, shape, aux)
+        alone = [[member[0] for member in members if member] for members in groups]
+        shared = lay_out(alone, width, (self.group, self.members_in), self.pad_id)
+        shared = jax.tree.map(lambda x: x.reshape(*wanted.shape, *x.shape[1:]), shared)
+        return replace(stack(parts, self.members_in, self.pad_id, shape, aux), shared=shared)
+
+    @property
+    def has_ref(self) -> bool:
+        """Whether the log-probs of a reference policy came with the answers."""
+        return all(m.ref is not None for m in members_of(self.items[0]))
+
+    @property
+    def blank_aux(self) -> dict[str, np.ndarray]:
+        """What a row of padding has as aux: NaN, or False."""
+        first = self.items[0]
+        found = first.aux if isinstance(first, Group) else {}
+        return {name: self._blank(np.asarray(value)) for name, value in found.items()}
+
+    def _blank(self, like: np.ndarray) -> np.ndarray:
+        kind = np.bool_ if like.dtype == np.bool_ else np.float32
+        return np.full((self.group,) * like.ndim, False if kind is np.bool_ else np.nan, kind)
+
+    def _aux(self, name: str, row: int) -> np.ndarray:
+        """One value of a row; an array is filled up to [G]."""
+        out = self.blank_aux[name]
+        if row != PADDING:
+            value = np.asarray(cast(Group, self.items[self.plan[row][0]]).aux[name])
+            out[(slice(value.size),) if value.ndim else ()] = value
+        return out
+
+    def abstract(self, leading: tuple[int, ...]) -> list[Batch]:
+        """A batch of shapes and dtypes [*leading, G, T] for each of `widths`, the smallest first."""
+
+        def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*leading, *shape), dtype)
+
+        aux = {name: shaped(blank.shape, blank.dtype) for name, blank in self.blank_aux.items()}
+        kinds = (np.int32, np.bool_, np.int32, np.int32)  # tokens, mask, segments, positions
+
+        def batch(width: int) -> Batch:
+            size = (self.group, self.members_in or width)
+            ref = {"ref": shaped(size, np.float32)} if self.has_ref else {}
+            row = shaped((width,), np.int32)
+            shared = Shared(row, row, row, shaped(size, np.int32)) if self.members_in else None
+            return Batch(*(shaped(size, kind) for kind in kinds), aux=aux | ref, shared=shared)
+
+        return [batch(width) for width in self.widths]
+
+    @property
+    def own_members(self) -> list[Example]:
+        """All examples, those of groups one by one; borrowed answers are not counted."""
+        return [m for item in self.items for m in members_of(item)]
+
+
+def arrange(
+    items: Sequence[Item],
+    *,
+    max_length: int,
+    packing: bool = False,
+    group: int | None = None,
+    share: bool = False,
+    buckets: Sequence[int] | None = None,
+    pad_id: int = 0,
+) -> Rows:
+    """The rows of a data set. `group` None or 0: as many answers as the longest group has; 2 over groups of
+    one: the second is borrowed (`Rows.rotated`). `share`: the members of a group stand in one row, with
+    their prompt once.
+
+    Raises `UserError` for no items, a member over `max_length`, packed groups, or a group that is too large.
+    """
+    if not items:
+        remedy = "look at the rows with `jaxalign inspect data`"
+        raise UserError("no examples to make batches of", remedy=remedy)
+    grouped = isinstance(items[0], Group)
+    if grouped and packing:
+        cause = "packing puts several rows into one, and answers that are compared stay apart"
+        raise UserError(cause, place="packing", remedy="set packing=false")
+    most = max(len(members_of(item)) for item in items)
+    rotated = grouped and most == 1 and group == 2
+    if group and most > group:
+        worst = next(item for item in items if len(members_of(item)) > group)
+        raise UserError(f"row {worst.id} has {len(members_of(worst))} answers, the method takes {group}")
+    lengths = np.asarray([max(len(e.tokens) for e in members_of(item)) for item in items], np.int64)
+    _check_longest(items, lengths, max_length)
+    plan = best_fit(lengths, round_up(max_length)) if packing else [[i] for i in range(len(lengths))]
+    sizes = np.asarray([int(lengths[row].sum()) for row in plan])
+    longest, members = int(sizes.max()), group or most
+    if rotated:
+        own = [members_of(item)[0] for item in items]
+        mixed = max(prompt_length(e) for e in own) + max(_answer_length(e) for e in own)
+        longest = max(longest, min(mixed, max_length))
+    members_in = round_up(longest) if share and grouped and members > 1 else None
+    if members_in is not None:
+        sizes = np.asarray([shared_length(members_of(item)) for item in items])
+        # A borrowed answer comes on top, with the last token of the prompt once more.
+        borrowed = 1 + max(_answer_length(members_of(i)[0]) for i in items) if rotated else 0
+        longest = int(sizes.max()) + borrowed
+    widths = (round_up(longest),) if packing else bucket_widths(buckets, longest)
+    return Rows(list(items), plan, sizes, widths, members, rotated, max_length, pad_id, members_in)
+
+
+def members_of(item: Item) -> tuple[Example, ...]:
+    """The answers of a group, or the example alone."""
+    return item.members if isinstance(item, Group) else (item,)
+
+
+def prompt_length(example: Example) -> int:
+    """Tokens before the first target."""
+    return int(example.mask.argmax())
+
+
+def _answer_length(example: Example) -> int:
+    return len(example.tokens) - prompt_length(example)
+
+
+def _check_longest(items: Sequence[Item], lengths: np.ndarray, max_length: int) -> None:
+    worst = int(lengths.argmax())
+    if lengths[worst] > max_length:
+        cause = f"example {items[worst].id} has {lengths[worst]} tokens, more than max_length={max_length}"
+        raise UserError(cause, remedy="tokenize with the same max_length")
+
+
+def _padded_ref(members: Sequence[Example], length: int) -> np.ndarray:
+    """float32 [length]; 0 behind the end."""
+    out = np.zeros(length, np.float32)
+    for member in members:
+        if member.ref is not None:
+            out[: len(member.ref)] = member.ref
+    return out
+
+
+def stack(
+    rows: Sequence[Sequence[Example]],
+    length: int,
+    pad_id: int,
+    leading: tuple[int, ...],
+    aux: dict[str, Any] | None = None,
+) -> Batch:
+    """Rows of examples as a `Batch` with leaves [*leading, T = length]."""
+    filled = [fill_row(row, length, pad_id) for row in rows]
+    arrays = (np.stack(leaf).reshape(*leading, length) for leaf in zip(*filled, strict=True))
+    tokens, mask, segments, positions = arrays
+    return Batch(tokens, mask, segments, positions, aux or {})

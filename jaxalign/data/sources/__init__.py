@@ -1,0 +1,1 @@
+"""One file for every published set whose rows need more than their keys to be understood."""
