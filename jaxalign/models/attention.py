@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.base import Numerics
 from jaxalign.models.layers import PRODUCT, dot
+from jaxalign.types import BRANCH
 
 # Large enough to vanish in a softmax, small enough that a row with nothing to attend to stays finite.
 _MASKED = -1e30
@@ -39,8 +40,10 @@ class Attend(Protocol):
 
 
 def causal(segments: jax.Array, positions: jax.Array, window: int) -> jax.Array:
-    """bool [N, T, T]: same segment (0 is padding), not later, and within `window` tokens (0: no window)."""
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] != 0)
+    """bool [N, T, T]: same segment (0 is padding) or the one that it is a branch of, not later, and within
+    `window` tokens (0: no window)."""
+    own, keys = segments[:, :, None], segments[:, None, :]
+    same = ((own == keys) | (own % BRANCH == keys)) & (own != 0)
     distance = positions[:, :, None] - positions[:, None, :]
     near = (distance < window) if window else True
     return same & (distance >= 0) & near

@@ -1,147 +1,27 @@
-"""The decoder-only transformer: its NNX modules, and `Model`, the pure functions everything else calls."""
+"""The decoder-only transformer as `Model`, the pure functions everything else calls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxalign.models.adapters import LoraConfig
-from jaxalign.models.attention import ATTENTION, Attend, cached, causal
+from jaxalign.models.attention import ATTENTION, cached, causal
 from jaxalign.models.base import DecoderConfig, Functional, Numerics, merge_trees, stack_axes
-from jaxalign.models.layers import ACTIVATIONS, PRODUCT, Embedding, Linear, RMSNorm
-from jaxalign.models.rope import rotate
+from jaxalign.models.blocks import KV, Block, Context, Ends
+from jaxalign.models.layers import PRODUCT
+from jaxalign.models.prefix import PrefixConfig, PromptConfig, prefix_tree
+from jaxalign.models.quant import dequantise_base
 from jaxalign.types import Params
 
-KV = tuple[jax.Array, jax.Array]  # keys and values of one layer, [N, K, S, h] each
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every layer of one forward pass shares. `start` is the cache slot of each row's first token."""
-
-    numerics: Numerics
-    attend: Attend
-    constrain: Callable[..., jax.Array]
-    start: jax.Array | None = None
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: DecoderConfig, adapter: LoraConfig | None, rngs: nnx.Rngs) -> None:
-        c, d = config, config.hidden_size
-        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-        def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool) -> Linear:
-            return Linear(name, shape, axes, rngs, bias=bias, adapter=adapter)
-
-        self.q = linear("q", (d, heads), ("embed", "heads"), c.qkv_bias)
-        self.k = linear("k", (d, kv_heads), ("embed", "kv_heads"), c.qkv_bias)
-        self.v = linear("v", (d, kv_heads), ("embed", "kv_heads"), c.qkv_bias)
-        self.o = linear("o", (heads, d), ("heads", "embed"), c.out_bias)
-        norm = (lambda: RMSNorm(c.head_dim, c.norm_eps, c.norm_offset)) if c.qk_norm else lambda: None
-        self.q_norm, self.k_norm = norm(), norm()
-        self.config = c
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        allowed: jax.Array,
-        context: Context,
-        cache: KV | None,
-        keys: list[Any],
-    ) -> tuple[jax.Array, KV]:
-        """x [N, T, D] -> [N, T, D], and the keys and values that were attended to."""
-        c, numerics = self.config, context.numerics
-        split = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
-        q = split(self.q(x, numerics, keys[0]))
-        k = split(self.k(x, numerics, keys[1]))
-        v = split(self.v(x, numerics, keys[2]))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        if cache is not None:
-            k, v = _write(cache[0], k, context.start), _write(cache[1], v, context.start)
-        y = context.attend(
-            q, k, v, allowed, scale=c.attention_scale, softcap=c.attention_softcap, numerics=numerics
-        )
-        return self.o(y.reshape(*x.shape[:2], -1), numerics, keys[3]), (k, v)
-
-
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array | None) -> jax.Array:
-    """Put new [N, K, T, h] into the slots start[n], start[n] + 1, ... of cache [N, K, S, h]."""
-    put = lambda c, u, s: jax.lax.dynamic_update_slice(c, u, (0, s, 0))  # noqa: E731
-    return jax.vmap(put)(cache, new.astype(cache.dtype), start)
-
-
-class MLP(nnx.Module):
-    """Gated feed-forward layer (arXiv:2002.05202)."""
-
-    def __init__(self, config: DecoderConfig, adapter: LoraConfig | None, rngs: nnx.Rngs) -> None:
-        d, f = config.hidden_size, config.intermediate_size
-
-        def linear(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            return Linear(name, shape, axes, rngs, bias=config.mlp_bias, adapter=adapter)
-
-        self.gate = linear("gate", (d, f), ("embed", "mlp"))
-        self.up = linear("up", (d, f), ("embed", "mlp"))
-        self.down = linear("down", (f, d), ("mlp", "embed"))
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array, numerics: Numerics, keys: list[Any]) -> jax.Array:
-        """x [N, T, D] -> [N, T, D]."""
-        gate = ACTIVATIONS[self.activation](self.gate(x, numerics, keys[0]))
-        return self.down(gate * self.up(x, numerics, keys[1]), numerics, keys[2])
-
-
-class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm (and, in gemma, in front of one)."""
-
-    def __init__(self, config: DecoderConfig, adapter: LoraConfig | None, rngs: nnx.Rngs) -> None:
-        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)  # noqa: E731
-        self.attn_norm, self.mlp_norm = norm(), norm()
-        self.post_attn_norm = norm() if config.post_norms else None
-        self.post_mlp_norm = norm() if config.post_norms else None
-        self.attn = Attention(config, adapter, rngs)
-        self.mlp = MLP(config, adapter, rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        allowed: jax.Array,
-        context: Context,
-        cache: KV | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KV]:
-        """x [N, T, D] -> [N, T, D], and the keys and values. `key` draws the dropout of adapters."""
-        keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        y, kv = self.attn(self.attn_norm(x), angles, allowed, context, cache, keys[:4])
-        x = x + (y if self.post_attn_norm is None else self.post_attn_norm(y))
-        y = self.mlp(self.mlp_norm(x), context.numerics, keys[4:])
-        x = x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
-        return context.constrain(x, "batch", None, None), kv
-
-
-class Ends(nnx.Module):
-    """What stands before and after the layers: embedding, final norm and, unless tied, the head."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        c = config
-        self.embed = Embedding(c.vocab_size, c.hidden_size, rngs)
-        self.final_norm = RMSNorm(c.hidden_size, c.norm_eps, c.norm_offset)
-        self.head = None if c.tied else Embedding(c.vocab_size, c.hidden_size, rngs)
-
+Adapter = LoraConfig | PrefixConfig | PromptConfig
 
 # What a layer keeps for its gradient: everything, the results of its products, or only its input.
 REMAT = {
@@ -164,7 +44,7 @@ class Model:
     """
 
     config: DecoderConfig
-    adapter: LoraConfig | None = None
+    adapter: Adapter | None = None
     numerics: Numerics = Numerics()
     attention: str = "xla"
     remat: str = "none"
@@ -180,8 +60,23 @@ class Model:
         return Functional(lambda rngs: Block(self.config, None, rngs))
 
     @cached_property
-    def _adapted(self) -> Functional:
+    def _trained(self) -> Functional:
         return Functional(lambda rngs: Block(self.config, self.adapter, rngs))
+
+    @cached_property
+    def _adapted(self) -> Functional:
+        if self.adapter is None or self.adapter.in_layers == self.adapter:
+            return self._trained
+        inner = self.adapter.in_layers
+        return Functional(lambda rngs: Block(self.config, inner, rngs))
+
+    def _block_of(self, layers: Params | list[Params]) -> Functional:
+        """The block that has a place for everything in these layers."""
+        one = layers[0] if isinstance(layers, list) else layers
+        return self._adapted if only_adapters(one) else self._block
+
+    def _prompt(self, key: jax.Array) -> Params:
+        return self.adapter.make_prompt(self.config.hidden_size, key) if self.adapter else {}
 
     def shapes(self) -> tuple[Params, Params]:
         """(adapter, base) trees of float32 `ShapeDtypeStruct`; the adapter tree is empty without one."""
@@ -190,19 +85,29 @@ class Model:
     def axes(self) -> tuple[Params, Params]:
         """(adapter, base) trees of logical axis names."""
         base = self._ends.axes | {"layers": stack_axes(self._block.axes)}
-        return only_adapters({"layers": stack_axes(self._adapted.axes)}), base
+        prompt = jax.eval_shape(self._prompt, jax.random.key(0))
+        plain = jax.tree.map(lambda x: (None,) * x.ndim, prompt)
+        return only_adapters({"layers": stack_axes(self._trained.axes)}) | plain, base
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Random (adapter, base). Layers are drawn one by one, so that no fan-in counts the layer axis."""
         ends_key, block_key = jax.random.split(key)
         layers = jax.vmap(self._block.init)(jax.random.split(block_key, self.config.num_layers))
-        return self.init_adapter(key), self._ends.init(ends_key) | {"layers": layers}
+        base = self._ends.init(ends_key) | {"layers": layers}
+        return self.init_adapter(key, base), base
 
-    def init_adapter(self, key: jax.Array) -> Params:
-        """The adapter's start, float32."""
+    def init_adapter(self, key: jax.Array, base: Params | None = None) -> Params:
+        """The adapter's start, float32. `base` is the model it goes on, which DoRA starts from."""
+        if self.adapter is None:
+            return {}
+        if base is None and self.adapter.needs_base:
+            raise ValueError("this adapter starts from the base's weights: init_adapter(key, base)")
         # `init` splits the key into 0 and 1: with those the adapter would repeat the kernels' numbers.
         keys = jax.random.split(jax.random.fold_in(key, 2), self.config.num_layers)
-        return only_adapters({"layers": jax.vmap(lambda k: only_adapters(self._adapted.init(k)))(keys)})
+        layers = jax.vmap(lambda k: only_adapters(self._trained.init(k)))(keys)
+        key = jax.random.fold_in(key, 3)
+        adapter = only_adapters({"layers": layers}) | self._prompt(key)
+        return adapter if base is None else self.adapter.begin(key, adapter, base, self.config)
 
     def hidden(
         self,
@@ -224,12 +129,12 @@ class Model:
         )
         if key is not None and self.neftune_alpha:
             x = x + self._neftune(jax.random.fold_in(key, 0), x, segments)
-        layers = _adapt(base["layers"], adapter["layers"]) if adapter else base["layers"]
-        block = self._adapted if adapter else self._block
+        layers = _adapt(base["layers"], self._of_layers(adapter, base)) if adapter else base["layers"]
         if cache is not None or isinstance(layers, list):
-            x, cache = self._unrolled(block, layers, x, shared, positions, cache, key)
+            x, kv = self._unrolled(layers, x, shared, positions, cache, key)
+            cache = None if cache is None else kv
         else:
-            x = self._scanned(block, layers, x, shared, key)
+            x = self._scanned(layers, x, shared, key)[0]
         return self._bound_ends(base).final_norm(x), cache
 
     def begin(
@@ -247,7 +152,29 @@ class Model:
 
     def layer(self, params: Params, x: jax.Array, angles: Any, allowed: jax.Array) -> tuple[jax.Array, KV]:
         """One layer without adapter or cache, from its own (not stacked) weights: x, and keys and values."""
-        return self._block.bind()(params)(x, angles, allowed, self._context(None))
+        return self._block_of(params).bind()(params)(x, angles, allowed, self._context(None))
+
+    def virtual(self, embeddings: jax.Array, base: Params) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [L, n, K, h] of n virtual tokens [n, D] that stand before position 0.
+
+        They see no real token, so that theirs are the same in front of every sequence.
+        """
+        alone = replace(self, constrain=_identity)  # one row does not divide over devices
+        segments, positions = jnp.ones((1, len(embeddings)), jnp.int32), jnp.arange(-len(embeddings), 0)[None]
+        x = embeddings[None].astype(self.numerics.activation)
+        shared = alone._shared(segments, positions, None)
+        if isinstance(base["layers"], list):
+            _, kv = alone._unrolled(base["layers"], x, shared, positions, None, None)
+            k, v = (jnp.stack(part) for part in zip(*kv, strict=True))
+        else:
+            k, v = alone._scanned(base["layers"], x, shared, None, keep=True)[1]
+        return k[:, 0].transpose(0, 2, 1, 3), v[:, 0].transpose(0, 2, 1, 3)
+
+    def _of_layers(self, adapter: Params, base: Params) -> Params:
+        """What stands in the layers: the adapter's own, or what a prompt comes to in them."""
+        if "prompt" not in adapter:
+            return adapter["layers"]
+        return prefix_tree(*self.virtual(adapter["prompt"]["adapter"], base))["layers"]
 
     def _bound_ends(self, base: Params) -> Any:
         return self._ends.bind()({k: v for k, v in base.items() if k != "layers"})
@@ -268,39 +195,40 @@ class Model:
         return [kind(rope, window) for rope, window in self.config.kinds]
 
     def _scanned(
-        self, block: Functional, layers: Params, x: jax.Array, shared: list[Any], key: Any
-    ) -> jax.Array:
-        c, context, bound = self.config, self._context(None), block.bind()
+        self, layers: Params, x: jax.Array, shared: list[Any], key: Any, keep: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """x behind all layers, and their stacked keys and values where they are to be kept."""
+        c, context, bound = self.config, self._context(None), self._block_of(layers).bind()
         tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared) if len(shared) > 1 else None
 
-        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
             params, kind, index = layer
             angles, allowed = jax.tree.map(lambda t: t[kind], tables) if tables else shared[0]
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-            return bound(params)(x, angles, allowed, context, None, layer_key)[0], None
+            x, kv = bound(params)(x, angles, allowed, context, None, layer_key)
+            return x, kv if keep else None
 
         per_layer = (layers, jnp.array(c.layer_kinds), jnp.arange(c.num_layers))
-        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)[0]
+        return jax.lax.scan(REMAT[self.remat](body), x, per_layer)
 
     def _unrolled(
         self,
-        block: Functional,
         layers: Params | list[Params],
         x: jax.Array,
         shared: list[Any],
         positions: jax.Array,
         cache: list[KV] | None,
         key: Any,
-    ) -> tuple[jax.Array, list[KV] | None]:
+    ) -> tuple[jax.Array, list[KV]]:
         context = self._context(None if cache is None else positions[:, 0])
-        bound, out = block.bind(), []
+        bound, out = self._block_of(layers).bind(), []
         for i, params in enumerate(unstack(layers)):
             angles, allowed = shared[self.config.layer_kinds[i]]
             layer_key = None if key is None else jax.random.fold_in(key, i + 1)
             kv = None if cache is None else cache[i]
             x, kv = bound(params)(x, angles, allowed, context, kv, layer_key)
             out.append(kv)
-        return x, None if cache is None else out
+        return x, out
 
     def _neftune(self, key: jax.Array, x: jax.Array, segments: jax.Array) -> jax.Array:
         """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) alpha / sqrt(L D), L the example's length."""
@@ -328,20 +256,29 @@ class Model:
         return [(zeros(), zeros()) for _ in range(c.num_layers)]
 
     def merge(self, adapter: Params | None, base: Params) -> Params:
-        """`base` with the adapter folded into its kernels (float32, then cast): what is exported."""
-        return _merge(self.adapter, adapter, base) if adapter and self.adapter else base
+        """`base` with the adapter folded into its kernels (float32, then cast): what is exported. A quantised
+        base becomes bfloat16, except where there is nothing to fold. Raises `UserError` for an adapter that
+        cannot be folded."""
+        return dequantise_base(self.adapter.merge_tree(adapter, base)) if adapter and self.adapter else base
+
+    @property
+    def deployed(self) -> Model:
+        """The model over what `deploy` returns."""
+        inner = None if self.adapter is None or self.adapter.foldable else self.adapter.in_layers
+        return replace(self, adapter=inner)
+
+    def deploy(self, adapter: Params | None, base: Params) -> Params:
+        """Base and adapter as one tree to sample from: merged, or where that cannot be, side by side in the
+        layers. `deployed` reads it, without an adapter argument."""
+        if not adapter or self.adapter is None or self.adapter.foldable:
+            return self.merge(adapter, base)
+        return base | {"layers": _adapt(base["layers"], self._of_layers(adapter, base))}
 
 
 def _adapt(layers: Params | list[Params], adapter: Params) -> Params | list[Params]:
     if isinstance(layers, list):
         return [merge_trees(a, b) for a, b in zip(layers, unstack(adapter), strict=True)]
     return merge_trees(layers, adapter)
-
-
-def _merge(config: LoraConfig, adapter: Params, base: Params) -> Params:
-    if "adapter" in adapter:
-        return base | {"kernel": config.merge(adapter["adapter"], base["kernel"])}
-    return base | {name: _merge(config, sub, base[name]) for name, sub in adapter.items()}
 
 
 def only_adapters(tree: Params) -> Params:

@@ -18,9 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign.errors import UserError
+from jaxalign.models.base import NameRule
 from jaxalign.models.decoder import Model
-from jaxalign.models.load import open_checkpoint
-from jaxalign.models.peft import CONFIG_FILE, HASH_KEY, PREFIX, WEIGHTS_FILE, adapter_rules
+from jaxalign.models.load import HEAD, open_checkpoint
+from jaxalign.models.peft import CONFIG_FILE, FORMS, HASH_KEY, SCORE, WEIGHTS_FILE
 from jaxalign.models.pull import BUILTINS
 from jaxalign.models.store import read_json, safetensors_files
 from jaxalign.models.write import tensors, verify, write_files
@@ -62,8 +63,12 @@ def export_peft(
     stop_tokens: Sequence[int] = (),
     base_hash: str = "",
     tokenizer: SavesTokenizer | None = None,
+    head: Params | None = None,
 ) -> Path:
     """Write the adapter so that peft, transformers and vLLM load it; returns the folder.
+
+    With a `head` {"kernel": [1, D]} it is the adapter of a reward model, in transformers' words a classifier
+    of sequences with one label.
 
     The folder appears whole or not at all, and replaces an earlier export. `base_hash` goes into the file's
     metadata: a load on another base is refused. Raises `UserError` for a full disk, for a folder that holds
@@ -72,13 +77,14 @@ def export_peft(
     if model.adapter is None:
         raise ValueError("the model has no adapter to export")
     names = FAMILIES[model.config.model_type].names(model.config)
-    rules = [replace(r, hf=PREFIX + r.hf) for r in adapter_rules(names, model.adapter)]
-    items = tensors(adapter, rules, np.float32)
+    form = FORMS[model.adapter.peft_type]
+    rules, tree = _with_head(form.rules(names, model.adapter), form.pack(adapter, model.config), head)
+    items = tensors(tree, [replace(r, hf=form.prefix + r.hf) for r in rules], np.float32)
     metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
     with _new_folder(Path(out_dir)) as folder:
         write_files(items, folder, Path(WEIGHTS_FILE).stem, 1 << 62, metadata)
         verify(items, [folder / WEIGHTS_FILE], folder / WEIGHTS_FILE)
-        _write_json(folder / CONFIG_FILE, _adapter_config(model, source))
+        _write_json(folder / CONFIG_FILE, _adapter_config(model, source) | (_CLASSIFIER if head else {}))
         if stop_tokens:
             _write_json(folder / "generation_config.json", {"eos_token_id": _ids(stop_tokens)})
         if tokenizer:
@@ -96,11 +102,13 @@ def export_hf(
     tokenizer: SavesTokenizer | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    head: Params | None = None,
 ) -> Path:
     """Write `base` (trained in full, or with an adapter merged in) as a folder that transformers loads.
 
     The tokenizer is the source's own, copied file by file, unless `tokenizer` is given; a GGUF source has
-    no such files and needs it. `dtype` casts the weights, None keeps them. Otherwise as `export_peft`.
+    no such files and needs it. `dtype` casts the weights, None keeps them. Otherwise as `export_peft`,
+    `head` included.
     """
     if source.gguf and tokenizer is None:
         raise ValueError("a GGUF file has no tokenizer files to copy: pass tokenizer=")
@@ -108,11 +116,13 @@ def export_hf(
     if out.resolve() == source.folder.resolve():
         remedy = "choose another folder"
         raise UserError("would overwrite the model it was made from", place=str(out), remedy=remedy)
-    items = tensors(base, FAMILIES[model.config.model_type].names(model.config), dtype)
+    rules, tree = _with_head(FAMILIES[model.config.model_type].names(model.config), base, head)
+    items = tensors(tree, rules, dtype)
     with _new_folder(out) as folder:
         write_files(items, folder, "model", max_shard_bytes, {"format": "pt"})
         verify(items, safetensors_files(folder), folder)
-        _write_json(folder / "config.json", _model_config(model, source, items[0].dtype.name))
+        config = _model_config(model, source, items[0].dtype.name)
+        _write_json(folder / "config.json", config | (_scorer(model) if head else {}))
         _write_json(folder / "generation_config.json", _generation_config(source, stop_tokens))
         if tokenizer:
             tokenizer.save_pretrained(str(folder))
@@ -123,29 +133,31 @@ def export_hf(
     return out
 
 
+# What makes an adapter one of a sequence classifier, whose head is saved whole.
+_CLASSIFIER = {"task_type": "SEQ_CLS", "modules_to_save": [SCORE]}
+
+
+def _with_head(rules: list[NameRule], tree: Params, head: Params | None) -> tuple[list[NameRule], Params]:
+    return (rules, tree) if head is None else ([*rules, HEAD], tree | {SCORE: head})
+
+
+def _scorer(model: Model) -> dict[str, Any]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model.config.model_type]
+    return {"architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
 def _adapter_config(model: Model, source: ModelSource) -> dict[str, Any]:
-    lora = model.adapter
-    assert lora is not None
+    config = model.adapter
+    assert config is not None
     names = FAMILIES[model.config.model_type].names(model.config)
-    modules = {
-        r.hf.rsplit(".", 2)[-2] for r in names if r.path[-1] == "kernel" and r.path[-2] in lora.targets
-    }
     return {
-        "peft_type": "LORA",
+        "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
         **_base_name(source),
-        "r": lora.rank,
-        # vLLM wants an integer.
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(modules),
-        "use_rslora": lora.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
+        **FORMS[config.peft_type].write(config, model.config, names),
         "inference_mode": True,
-        "modules_to_save": None,
     }
 
 

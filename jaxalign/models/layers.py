@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.models.base import Numerics
+from jaxalign.models.quant import Quantised
 
 # Names the results of matrix products, which rematerialisation may keep while it computes the rest again.
 PRODUCT = "product"
@@ -44,13 +45,15 @@ def _rows(x: jax.Array, w: jax.Array) -> jax.Array:
     return x.reshape(*w.shape[:-2], -1, x.shape[-1])
 
 
-def matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | Quantised, dtype: Any) -> jax.Array:
     """x [*batch, ..., in] @ w [*batch, in, out] -> float32 [*batch, ..., out], operands cast to `dtype`.
 
     The gradient is written out so that its two products contract plain rows, take `dtype` operands and
     accumulate in float32 too: automatic differentiation would multiply in float32 or round the result.
+    A quantised w gets no gradient.
     """
-    return _matmul(x, w, dtype)  # pyright: ignore[reportReturnType]
+    product: Any = _quantised_matmul if isinstance(w, Quantised) else _matmul
+    return product(x, w, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -74,13 +77,41 @@ def _matmul_backward(dtype: Any, saved: tuple[jax.Array, ...], g: jax.Array) -> 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantised_matmul(x: jax.Array, w: Quantised, dtype: Any) -> jax.Array:
+    matrix, scale = w.parts(dtype)
+    return (dot(_rows(x, matrix), matrix, (1, 0), dtype) * scale).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _quantised_forward(x: jax.Array, w: Quantised, dtype: Any) -> tuple[Any, tuple[Any, ...]]:
+    # The dense matrix is not kept but made again: it would be four times as large as what it is made of.
+    return _quantised_matmul(x, w, dtype), (w, jnp.zeros((0,), x.dtype))
+
+
+def _quantised_backward(dtype: Any, saved: tuple[Any, ...], g: jax.Array) -> tuple[Any, None]:
+    w, like = saved
+    matrix, scale = w.parts(dtype)
+    dx = dot(_rows(g * scale, matrix), matrix, (1, 1), dtype).reshape(*g.shape[:-1], w.shape[-2])
+    return dx.astype(like.dtype), None
+
+
+_quantised_matmul.defvjp(_quantised_forward, _quantised_backward)
+
+
 class AdapterConfig(Protocol):
-    """A kind of adapter over a linear layer."""
+    """A kind of adapter, as layers see it."""
 
     def make(self, name: str, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs) -> Any:
         """The adapter module of the layer called `name` with kernel `shape`, or None if it is no target.
 
         The module is called as `module(x, kernel, dtype, key)` and returns the adapted product in float32.
+        """
+        ...
+
+    def make_prefix(self, shape: tuple[int, int], rngs: nnx.Rngs) -> Any:
+        """What an attention layer with (key-value heads, head size) attends to besides its tokens, or None.
+
+        The module is called as `module(k, v, allowed)` and returns all three with its own in front.
         """
         ...
 

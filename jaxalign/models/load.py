@@ -6,22 +6,22 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import UserError
-from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.base import DecoderConfig, NameRule, Numerics
-from jaxalign.models.decoder import Model
+from jaxalign.models.decoder import Adapter, Model
 from jaxalign.models.gguf import load_gguf
 from jaxalign.models.hashing import content_hash
-from jaxalign.models.peft import adapter_rules, open_adapter
+from jaxalign.models.peft import FORMS, SCORE, PeftAdapter, open_adapter
+from jaxalign.models.quant import Quantise, Quantised, base_shardings
 from jaxalign.models.store import RenamedStore, TensorStore, open_safetensors, read_json, safetensors_files
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import constrainer, tree_shardings
@@ -30,6 +30,7 @@ from jaxalign.types import ModelSource, Params
 _CHUNK = 1 << 20  # numbers that are read, converted and copied at a time
 # Tensors of a checkpoint that hold nothing to load: tables computed from the configuration.
 _COMPUTED = (".rotary_emb.inv_freq",)
+_BESIDE = ("lm_head.weight", f"{SCORE}.weight")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Loaded:
     """A model on a mesh. `adapter` is the imported PEFT adapter's parameters, or None where there is none.
 
     `model.adapter` is the imported adapter's configuration, or the one that was asked for. `base_hash` is the
-    sha256 over the base's weight files (`hashing.content_hash`).
+    sha256 over the base's weight files (`hashing.content_hash`). `head` is that of a reward model,
+    {"kernel": [1, D]}.
     """
 
     model: Model
@@ -64,22 +66,25 @@ class Loaded:
     source: ModelSource
     stop_tokens: tuple[int, ...]
     base_hash: str
+    head: Params | None = None
 
 
 def load_model(
     source: ModelSource,
     mesh: Mesh,
     *,
-    adapter: LoraConfig | None = None,
+    adapter: Adapter | None = None,
     param_dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
+    quantise: Quantise = "none",
 ) -> Loaded:
     """Load a base model, and the adapter on top of it if the source has one, into shards on `mesh`.
 
     Every host reads only the slices that its own devices hold, one shard of one array at a time. Adapters are
-    float32 whatever `param_dtype` is. Raises `UserError` for tensors that are missing, unexpected, misshapen
-    or cut off, for an adapter that belongs to another base or differs from `adapter`, and for a mesh that
-    does not divide the model.
+    float32 whatever `param_dtype` is. `quantise` turns the layers' kernels into that kind while they
+    are read, one layer at a time: no more than one is ever held in float32. Raises `UserError` for tensors
+    that are missing, unexpected, misshapen or cut off, for an adapter that belongs to another base or differs
+    from `adapter`, and for a mesh that does not divide the model.
     """
     checkpoint = open_checkpoint(source)
     config = checkpoint.decoder()
@@ -96,14 +101,54 @@ def load_model(
     )
     (adapter_shapes, shapes), (adapter_axes, axes) = model.shapes(), model.axes()
     rules = checkpoint.family.names(config)
-    base = load_tree(checkpoint.store, rules, shapes, tree_shardings(mesh, axes, shapes), param_dtype)
+    shardings = base_shardings(mesh, axes, shapes, quantise)
+    base = load_tree(checkpoint.store, rules, shapes, shardings, param_dtype)
     params = None
     if imported:
-        shardings = tree_shardings(mesh, adapter_axes, adapter_shapes)
-        params = load_tree(
-            imported.store, adapter_rules(rules, imported.config), adapter_shapes, shardings, jnp.float32
+        params = _load_adapter(imported, rules, model, tree_shardings(mesh, adapter_axes, adapter_shapes))
+    head = _load_head(imported.store if imported else checkpoint.store, config.hidden_size, mesh)
+    return Loaded(model, base, params, source, stop_tokens(source, checkpoint.config), base_hash, head)
+
+
+HEAD = NameRule((SCORE, "kernel"), f"{SCORE}.weight")
+
+
+def _load_head(store: TensorStore, size: int, mesh: Mesh) -> Params | None:
+    """The head of a reward model, float32 [1, D], or None where the store has none."""
+    if HEAD.hf not in store.names:
+        return None
+    if tuple(store.shape(HEAD.hf)) != (1, size):
+        raise UserError(
+            f"tensor {HEAD.hf!r} has shape {list(store.shape(HEAD.hf))}, a reward model has {[1, size]}",
+            place=store.place(HEAD.hf),
+            remedy="a classifier of several classes is no reward model",
         )
-    return Loaded(model, base, params, source, stop_tokens(source, checkpoint.config), base_hash)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return {"kernel": _load_leaf(store, HEAD, (1, size), everywhere, np.dtype(np.float32))}
+
+
+def load_adapter(loaded: Loaded, folder: Path, mesh: Mesh) -> tuple[Adapter, Params]:
+    """One more PEFT adapter for a base that is loaded: its configuration, and its parameters on `mesh`.
+
+    Raises `UserError` as `load_model` does.
+    """
+    rules = FAMILIES[loaded.model.config.model_type].names(loaded.model.config)
+    imported = open_adapter(folder, rules, loaded.base_hash)
+    assert imported is not None
+    model = replace(loaded.model, adapter=imported.config)
+    shardings = tree_shardings(mesh, model.axes()[0], model.shapes()[0])
+    return imported.config, _load_adapter(imported, rules, model, shardings)
+
+
+def _load_adapter(imported: PeftAdapter, rules: list[NameRule], model: Model, shardings: Params) -> Params:
+    form, shapes = FORMS[imported.config.peft_type], model.shapes()[0]
+    packed = jax.eval_shape(lambda tree: form.pack(tree, model.config), shapes)
+    lies = shardings
+    if jax.tree.structure(packed) != jax.tree.structure(shapes):  # small, and laid out otherwise
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        lies = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), packed)
+    tree = load_tree(imported.store, form.rules(rules, imported.config), packed, lies, jnp.float32)
+    return jax.jit(lambda tree: form.unpack(tree, model.config), out_shardings=shardings)(tree)
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
@@ -165,7 +210,8 @@ def stop_tokens(source: ModelSource, config: Mapping[str, Any]) -> tuple[int, ..
 def load_tree(
     store: TensorStore, rules: list[NameRule], shapes: Params, shardings: Params, dtype: Any
 ) -> Params:
-    """Read every parameter that `rules` name into a tree of sharded arrays like `shapes`.
+    """Read every parameter that `rules` name into a tree of sharded arrays like `shapes`, quantised where its
+    sharding is that of a quantised kernel.
 
     Raises `UserError` unless the store holds exactly those tensors in those shapes.
     """
@@ -175,8 +221,11 @@ def load_tree(
         node = tree
         for name in rule.path[:-1]:
             node = node.setdefault(name, {})
-        shape = leaf(shapes, rule.path).shape
-        node[rule.path[-1]] = _load_leaf(store, rule, shape, leaf(shardings, rule.path), np.dtype(dtype))
+        shape, lies = leaf(shapes, rule.path).shape, leaf(shardings, rule.path)
+        if isinstance(lies, Quantised):
+            node[rule.path[-1]] = _load_quantised(store, rule, shape, lies)
+        else:
+            node[rule.path[-1]] = _load_leaf(store, rule, shape, lies, np.dtype(dtype))
     return tree
 
 
@@ -200,11 +249,12 @@ def stored(rule: NameRule, shape: tuple[int, ...]) -> Iterator[tuple[int | None,
 def check_tensors(store: TensorStore, rules: list[NameRule], shapes: Params) -> None:
     """Raise `UserError` unless the store holds what `rules` name, in the right shapes, and nothing else.
 
-    A copy of the embedding as `lm_head.weight` is no mistake in a model with tied embeddings.
+    A copy of the embedding as `lm_head.weight` is no mistake in a model with tied embeddings, nor is the head
+    of a reward model.
     """
     expected = {name: shape for r in rules for _, name, shape in stored(r, leaf(shapes, r.path).shape)}
     names = set(store.names)
-    extra = {n for n in names - set(expected) if n != "lm_head.weight" and not n.endswith(_COMPUTED)}
+    extra = {n for n in names - set(expected) if n not in _BESIDE and not n.endswith(_COMPUTED)}
     mistakes = [
         (
             "missing tensor",
@@ -240,6 +290,20 @@ def _load_leaf(
         values = read_block(store, rule, shape, tuple(slice(*b) for b in block), dtype)
         arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _load_quantised(store: TensorStore, rule: NameRule, shape: tuple[int, ...], lies: Quantised) -> Quantised:
+    """One stacked kernel, read and quantised layer by layer where its shards lie."""
+    each = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), lies)
+    quantise = jax.jit(type(lies).of, out_shardings=each)
+    layers = []
+    for i in range(shape[0]):
+        one = replace(rule, hf=rule.hf.format(layer=i))
+        # What is quantised lies as its codes do, which come first.
+        wide = _load_leaf(store, one, shape[1:], jax.tree.leaves(each)[0], np.dtype(np.float32))
+        layers.append(jax.block_until_ready(quantise(wide)))
+    stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    return jax.jit(stack, out_shardings=lies)(*layers)
 
 
 def read_block(

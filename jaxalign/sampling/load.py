@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 
 from jaxalign import distributed
@@ -27,9 +25,9 @@ def load_engine(model: str, config: GenerateConfig) -> tuple[Engine, Tokenizer, 
     dtype = DTYPES[resolve_dtype(config.dtype)]
     mesh = make_mesh(config.mesh)
     loaded = load_model(source, mesh, param_dtype=dtype, compute_dtype=dtype)
-    base = jax.jit(loaded.model.merge, donate_argnums=1)(loaded.adapter, loaded.base)
+    base = jax.jit(loaded.model.deploy, donate_argnums=1)(loaded.adapter, loaded.base)
     engine = Engine(
-        replace(loaded.model, adapter=None),
+        loaded.model.deployed,
         base,
         decode=tokenizer.decode,
         stop_tokens=tuple(dict.fromkeys((*loaded.stop_tokens, *tokenizer.stop_tokens))),

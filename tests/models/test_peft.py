@@ -84,7 +84,8 @@ def test_an_adapter_may_be_asked_for_as_it_is(tmp_path, base_folder):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"use_qalora": True}, "use_qalora True is not supported"),
         ({"bias": "lora_only"}, "bias 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),

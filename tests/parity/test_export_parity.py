@@ -70,7 +70,7 @@ def from_pretrained(folder):
 
 def random_adapter(model):
     """Both factors away from zero."""
-    adapter = model.init_adapter(jax.random.key(1))
+    adapter = jax.eval_shape(model.init, jax.random.key(1))[0]
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     leaves = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -102,13 +102,13 @@ def test_a_merged_model_loads_in_transformers(tmp_path, family, tied):
 
 
 @old_name
-@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("kind", [{"rslora": True}, {"rslora": False}, {"dora": True}])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_an_adapter_loads_in_peft(tmp_path, family, rslora):
+def test_an_adapter_loads_in_peft(tmp_path, family, kind):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[parity]'")
     hf = saved(tmp_path / "hf", family, **FAMILIES[family])
     source = resolve(str(tmp_path / "hf"))
-    lora = LoraConfig(rank=4, alpha=6.0, targets=("q", "v", "down"), rslora=rslora)
+    lora = LoraConfig(rank=4, alpha=6.0, targets=("q", "v", "down"), **kind)
     loaded = load_model(source, make_mesh(MESH), adapter=lora)
     adapter = random_adapter(loaded.model)
     out = export_peft(
@@ -126,8 +126,10 @@ def test_an_adapter_loads_in_peft(tmp_path, family, rslora):
 
 
 @old_name
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_an_adapter_made_by_peft_is_imported(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "dora"), [("llama", False), ("qwen2", False), ("gemma2", False), ("llama", True)]
+)
+def test_an_adapter_made_by_peft_is_imported(tmp_path, family, dora):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[parity]'")
     hf = saved(tmp_path / "hf", family, **FAMILIES[family])
     config = peft.LoraConfig(
@@ -138,6 +140,7 @@ def test_an_adapter_made_by_peft_is_imported(tmp_path, family):
         task_type="CAUSAL_LM",
         lora_dropout=0.1,
         use_rslora=True,
+        use_dora=dora,
     )
     adapted = peft.get_peft_model(hf, config).eval()
     with torch.no_grad():
@@ -150,7 +153,8 @@ def test_an_adapter_made_by_peft_is_imported(tmp_path, family):
         json.dumps(raw | {"base_model_name_or_path": str(tmp_path / "hf")})
     )
     loaded = load_model(resolve(str(tmp_path / "a")), make_mesh(MESH))
-    assert loaded.model.adapter == LoraConfig(rank=3, alpha=5, dropout=0.1, targets=ALL, rslora=True)
+    want = LoraConfig(rank=3, alpha=5, dropout=0.1, targets=ALL, rslora=True, dora=dora)
+    assert loaded.model.adapter == want
     close(ours(loaded), theirs(adapted))
     assert loaded.stop_tokens == (2, 3)
 

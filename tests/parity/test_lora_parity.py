@@ -1,4 +1,4 @@
-"""LoRA is PEFT's: logits, gradients, AdamW steps, scaling, dropout off in evaluation, merged weights."""
+"""LoRA and DoRA are PEFT's: logits, gradients, AdamW steps, scaling, dropout, merged weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import optax
 import torch
 
 from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.base import Functional, Numerics
+from jaxalign.models.layers import Linear
 from jaxalign.train.optim import OptimConfig, make_optimizer
 from tests.parity.hf import logits, to_tree, torch_model
 from tests.parity.test_sft_parity import assert_close
@@ -29,6 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any], LoraConfig]] = {
     "llama": ("llama", {"num_key_value_heads": 1}, LoraConfig(rank=4, alpha=10.0)),
     "llama-rslora": ("llama", {"tie_word_embeddings": True}, LoraConfig(rank=4, alpha=6.0, rslora=True)),
     "qwen2-some": ("qwen2", {}, LoraConfig(rank=3, alpha=3.0, targets=("q", "v", "down"))),
+    "llama-dora": ("llama", {}, LoraConfig(rank=3, alpha=6.0, dora=True)),
+    "qwen2-dora": ("qwen2", {}, LoraConfig(rank=2, alpha=4.0, targets=("q", "o", "up"), dora=True)),
     "gemma2": (
         "gemma2",
         {"head_dim": 16, "sliding_window": 6, "final_logit_softcapping": 5.0},
@@ -43,6 +47,7 @@ def peft_model(model_type: str, keys: dict[str, Any], lora: LoraConfig) -> Any:
         r=lora.rank,
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         lora_dropout=lora.dropout,
         target_modules=[f"{name}_proj" for name in lora.targets],
         task_type="CAUSAL_LM",
@@ -56,7 +61,7 @@ def peft_model(model_type: str, keys: dict[str, Any], lora: LoraConfig) -> Any:
 
 
 def adapter_tree(model: Any, lora: LoraConfig, field: str = "data") -> dict[str, Any]:
-    """`data` or `grad` of PEFT's factors as our adapter tree: transposed, stacked over layers."""
+    """`data` or `grad` of PEFT's parameters as our adapter tree: factors transposed, stacked over layers."""
     factors = [(n, getattr(p, field)) for n, p in model.named_parameters() if "lora_" in n]
     found = {n: x.detach().numpy().copy() for n, x in factors}
     tree: dict[str, Any] = {"attn": {}, "mlp": {}}
@@ -64,7 +69,8 @@ def adapter_tree(model: Any, lora: LoraConfig, field: str = "data") -> dict[str,
         part = tree["mlp" if PART[name] == "mlp" else "attn"]
         at = f"base_model.model.model.layers.{{}}.{PART[name]}.{name}_proj.lora_{{}}.default.weight"
         stacked = lambda factor, at=at: np.stack([found[at.format(i, factor)].T for i in range(2)])  # noqa: E731
-        part[name] = {"adapter": {"a": stacked("A"), "b": stacked("B")}}
+        magnitude = {"m": stacked("magnitude_vector")} if lora.dora else {}
+        part[name] = {"adapter": {"a": stacked("A"), "b": stacked("B")} | magnitude}
     assert sum(x.size for x in jax.tree.leaves(tree)) == sum(x.size for x in found.values())
     return {"layers": {k: v for k, v in tree.items() if v}}
 
@@ -108,11 +114,13 @@ def test_loss_and_gradients(pair: Any) -> None:
     assert_close(gradient, adapter_tree(theirs, model.adapter, "grad"), 2e-5)
 
 
-def test_adamw_steps() -> None:
-    """Three steps, clipped: the adapters end in the same place."""
-    lora = CASES["llama"][2]
-    theirs = peft_model(*CASES["llama"])
-    model, base = to_tree(torch_model("llama", num_hidden_layers=2, **CASES["llama"][1]))
+@pytest.mark.parametrize(("case", "within"), [("llama", 1e-5), ("llama-dora", 1e-4)])
+def test_adamw_steps(case: str, within: float) -> None:
+    """Three steps, clipped: the adapters end in the same place. AdamW's first steps are the gradient's signs:
+    a gradient of nearly nothing may move its parameter by a little more in one than in the other."""
+    lora = CASES[case][2]
+    theirs = peft_model(*CASES[case])
+    model, base = to_tree(torch_model("llama", num_hidden_layers=2, **CASES[case][1]))
     start = adapter_tree(theirs, lora)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     reference = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -123,7 +131,7 @@ def test_adamw_steps() -> None:
     config = OptimConfig(schedule="constant", warmup_ratio=0.0, grad_clip=0.5)
     optimizer = make_optimizer(config, lambda step: 1e-2)
     got, _ = our_steps(replace(model, adapter=lora), start, base, optimizer, count=3)
-    assert_close(got, adapter_tree(theirs, lora), 1e-5)
+    assert_close(got, adapter_tree(theirs, lora), within)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -157,3 +165,45 @@ def test_the_start_has_pefts_distribution() -> None:
     np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.02)
     assert not np.asarray(adapter["b"]).any()
     assert not layer.lora_B["default"].weight.detach().numpy().any()
+
+
+def test_dora_starts_as_pefts() -> None:
+    """The magnitudes are the norms of the weights' rows there, of the kernels' columns here."""
+    lora = LoraConfig(rank=2, targets=("gate",), dora=True)
+    model, base = to_tree(torch_model("llama", num_hidden_layers=2))
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj"], use_dora=True)
+    theirs = peft.get_peft_model(torch_model("llama", num_hidden_layers=2), config)
+    want = [v.detach().numpy() for n, v in theirs.named_parameters() if "magnitude" in n]
+    adapter = replace(model, adapter=lora).init_adapter(jax.random.key(0), base)
+    np.testing.assert_allclose(adapter["layers"]["mlp"]["gate"]["adapter"]["m"], want, rtol=1e-6)
+
+
+def test_dora_drops_what_peft_drops() -> None:
+    """In training, with the same mask on both sides: the base's own product is not dropped."""
+    lora = LoraConfig(rank=4, alpha=10.0, targets=("q",), dora=True, dropout=0.5)
+    theirs = peft_model("llama", {}, lora)
+    layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
+    x = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    key = jax.random.key(4)
+    keep = np.asarray(jax.random.bernoulli(key, 0.5, x.shape))
+    with torch.no_grad():
+        layer.lora_dropout["default"] = Mask(torch.tensor(keep / 0.5))
+        want = layer(torch.tensor(x)).numpy()
+    kernel = jnp.asarray(layer.base_layer.weight.detach().numpy().T)
+    tree = jax.tree.map(lambda v: jnp.asarray(v[0]), adapter_tree(theirs, lora))
+    make = lambda rngs: Linear("q", (48, 48), ("a", "b"), rngs, bias=False, adapter=lora)  # noqa: E731
+    params = {"kernel": kernel} | tree["layers"]["attn"]["q"]
+    got = Functional(make).bind()(params)(jnp.asarray(x), Numerics(), key)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+class Mask(torch.nn.Module):
+    """A dropout layer that always drops the same."""
+
+    def __init__(self, factor: torch.Tensor) -> None:
+        super().__init__()
+        self.factor = factor.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x times 0 or 1 / (1 - p)."""
+        return x * self.factor
