@@ -44,9 +44,65 @@ FAMILIES = Registry(
     },
 )
 
-ADAPTERS = Registry("adapter", {"lora": "jaxalign.models.adapters:LoraConfig"})
+ADAPTERS = Registry(
+    "adapter",
+    {
+        "lora": "jaxalign.models.adapters:LoraConfig",
+        "prefix": "jaxalign.models.prefix:PrefixConfig",
+        "prompt": "jaxalign.models.prefix:PromptConfig",
+    },
+)
 
-OBJECTIVES = Registry("training method", {"sft": "jaxalign.objectives.sft:SFT"})
+OBJECTIVES = Registry(
+    "training method",
+    {
+        "sft": "jaxalign.objectives.sft:SFT",
+        "reward": "jaxalign.objectives.reward:BradleyTerry",
+        "reward_kwise": "jaxalign.objectives.reward:KWise",
+        "reward_rating": "jaxalign.objectives.reward:Rating",
+        "cost": "jaxalign.objectives.reward:Cost",
+        "dpo": "jaxalign.objectives.pairwise:DPO",
+        "cdpo": "jaxalign.objectives.pairwise:ConservativeDPO",
+        "robust": "jaxalign.objectives.pairwise:RobustDPO",
+        "ipo": "jaxalign.objectives.pairwise:IPO",
+        "hinge": "jaxalign.objectives.pairwise:Hinge",
+        "exo_pair": "jaxalign.objectives.pairwise:EXO",
+        "nca_pair": "jaxalign.objectives.pairwise:NCA",
+        "bco_pair": "jaxalign.objectives.pairwise:BCOPair",
+        "sppo_hard": "jaxalign.objectives.pairwise:SPPO",
+        "apo_zero": "jaxalign.objectives.pairwise:APOZero",
+        "apo_down": "jaxalign.objectives.pairwise:APODown",
+        "discopop": "jaxalign.objectives.pairwise:DiscoPOP",
+        "sigmoid_norm": "jaxalign.objectives.pairwise:SigmoidNorm",
+        "fdpo": "jaxalign.objectives.pairwise:FDPO",
+        "dpop": "jaxalign.objectives.pairwise:DPOP",
+        "odpo": "jaxalign.objectives.pairwise:ODPO",
+        "npo": "jaxalign.objectives.pairwise:NPO",
+        "slic_hf": "jaxalign.objectives.reference_free:SLiCHF",
+        "cpo": "jaxalign.objectives.reference_free:CPO",
+        "simpo": "jaxalign.objectives.reference_free:SimPO",
+        "alphapo": "jaxalign.objectives.reference_free:AlphaPO",
+        "orpo": "jaxalign.objectives.reference_free:ORPO",
+        "rpo": "jaxalign.objectives.composite:RPO",
+        "rpo_relative": "jaxalign.objectives.relative:RelativeRPO",
+        "wpo": "jaxalign.objectives.composite:WPO",
+        "ld_dpo": "jaxalign.objectives.composite:LDDPO",
+        "mpo": "jaxalign.objectives.composite:MPO",
+        "aot": "jaxalign.objectives.transport:AOT",
+        "aot_unpaired": "jaxalign.objectives.transport:AOTUnpaired",
+        "kto": "jaxalign.objectives.unpaired:KTO",
+        "bco": "jaxalign.objectives.unpaired:BCO",
+        "apo_zero_unpaired": "jaxalign.objectives.unpaired:APOZeroUnpaired",
+        "lipo": "jaxalign.objectives.listwise:LiPO",
+        "pro": "jaxalign.objectives.listwise:PRO",
+        "rrhf": "jaxalign.objectives.listwise:RRHF",
+        "listmle": "jaxalign.objectives.listwise:ListMLE",
+        "exo_list": "jaxalign.objectives.listwise:EXOList",
+        "d2o": "jaxalign.objectives.listwise:D2O",
+        "cringe": "jaxalign.objectives.token_contrastive:Cringe",
+        "cringe_pair": "jaxalign.objectives.token_contrastive:CringePair",
+    },
+)
 
 OPTIMIZERS = Registry(
     "optimizer",

@@ -19,7 +19,7 @@ class Answers:
     """Answers as a loss sees them, float32 arrays of one shape.
 
     logp    log p(answer | prompt), the sum over its targets
-    ref     the same under the reference model; 0 where there is none
+    ref     the same under the reference model, without gradient; 0 where there is none
     length  how many targets; 0 for an answer that is padding
     """
 
@@ -48,7 +48,7 @@ def answers(scores: Scores, weight: jax.Array | None = None) -> Answers:
     total = lambda x: (x * factor).sum(axis=-1)  # noqa: E731
     length = scores.mask.sum(axis=-1).astype(jnp.float32)
     ref = jnp.zeros_like(length) if scores.ref is None else total(scores.ref)
-    return Answers(total(scores.logp), ref, length)
+    return Answers(total(scores.logp), jax.lax.stop_gradient(ref), length)
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,10 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
+from jaxalign.config import Config
 from jaxalign.types import Batch
+
+RIVALS = 8  # how many `Scores.rivals` there are
 
 # A metric travels as (sum, weight) and is divided once, over all micro-batches, devices and packed rows.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -24,8 +27,11 @@ class Scores:
     correct      1.0 where the token is the most likely one
     entropy      of the predicting distribution, in nats (no gradient)
     mask         bool, the targets that count: `Batch.mask` less the first token of each segment
-    collision    log sum_v p_v^2 of the predicting distribution (no gradient; only where needed, else zeros)
+    collision    log sum_v p_v^2 of the predicting distribution (no gradient; only where needed, else None)
     ref          `logp` under the reference model (no gradient; only where needed, else None)
+    rivals       [B, G, T, 8] log-probs of the 8 likeliest tokens other than this one, from the likeliest on
+                 (only where needed, else None)
+    prompt       [B, D] a vector of what each prompt is about (no gradient; only where needed, else None)
     """
 
     logp: Any
@@ -36,25 +42,41 @@ class Scores:
     mask: Any
     collision: Any = None
     ref: Any = None
+    rivals: Any = None
+    prompt: Any = None
 
 
 class Objective(Protocol):
     """A loss.
 
+    kind   what it scores: tokens (`Scores`), or reward (one number for each answer, float32 [B, G])
     group  the G of its batches; 0: as many as the longest list has
     data   the kind of rows it learns from: sft, pairs (chosen, rejected), binary (thumbs up or down) or lists
     needs  what it asks for beyond the policy's log-probs:
-           mean_logit, collision  those fields of `Scores`
-           ref                    `Scores.ref`
+           mean_logit, collision, rivals, prompt, ref  those fields of `Scores`
            margin                 aux "margin" [B] without gaps
+           safe                   aux "safe" bool [B, G]: whether an answer is safe
            tokens_per_group       aux of that name [B]: chosen targets of a group, on average over the step
            whole_batch            all examples of a step at once: no gradient accumulation
+    rates  its usual peak learning rates, of all weights and of an adapter
+    defaults  keys of the training configuration that it sets differently
     """
 
+    kind: ClassVar[str]
     group: ClassVar[int]
     data: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    rates: ClassVar[tuple[float, float]]
+    defaults: ClassVar[dict[str, Any]]
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
         """(sum of the loss, its weight, metrics): the loss of a step is sum / weight over all its parts."""
         ...
+
+
+class TokenLoss(Config):
+    """What losses over answers' tokens have in common."""
+
+    kind: ClassVar[str] = "tokens"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}

@@ -1,8 +1,8 @@
-"""Losses over pairs that are made of others: a term beside DPO, weights on tokens, and mixtures."""
+"""Losses over pairs that are made of others: a term beside DPO, weights on pairs or tokens, and mixtures."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,28 @@ class RPO(Paired):
     def loss(self, pair: Pair) -> jax.Array:
         """float32 [B]."""
         return -log_sigmoid(self.beta * pair.delta) + self.alpha * pair.nll
+
+
+class WPO(Paired):
+    """Weighted preference optimisation (arXiv:2406.11827): DPO, each pair weighted with how likely the policy
+    is to say both, w = product over both of exp(mean_t (log p_t - log sum_v p_v^2)), without gradient."""
+
+    needs: ClassVar[frozenset[str]] = REFERENCE | {"collision"}
+
+    beta: float = Field(default=0.01, gt=0)
+    """strength of the pull towards the reference"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """The weighted losses' sum over the pairs, and the pairs' number."""
+        pair = Pair.of(scores, batch)
+        lengths = jnp.maximum(scores.mask.sum(axis=-1), 1)
+        likely = jnp.where(scores.mask, scores.logp - scores.collision, 0.0).sum(axis=-1) / lengths
+        weight = jax.lax.stop_gradient(jnp.exp(likely.sum(axis=-1)))
+        return reduce_pairs(self.loss(pair, weight), self.reward, pair, scores)
+
+    def loss(self, pair: Pair, weight: Any) -> jax.Array:
+        """float32 [B]."""
+        return -weight * log_sigmoid(self.beta * pair.delta)
 
 
 class LDDPO(Paired):

@@ -5,26 +5,26 @@ Scores of the answers are aux "scores", float32 [B, G], higher is better, NaN be
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.nn import log_sigmoid, log_softmax
 from pydantic import Field
 
-from jaxalign.config import Config
 from jaxalign.objectives.answers import Result, answers, scaled_ratio
-from jaxalign.objectives.base import Scores
+from jaxalign.objectives.base import Metrics, Scores, TokenLoss
 from jaxalign.types import Batch
 
+_ABSENT = -1e30  # a score of an answer that is none: its share of any softmax is 0, and no infinity is about
 
-class Listed(Config):
+
+class Listed(TokenLoss):
     """What these losses have in common."""
 
     group: ClassVar[int] = 0
     data: ClassVar[str] = "lists"
-    needs: ClassVar[frozenset[str]] = frozenset()
     rates: ClassVar[tuple[float, float]] = (5e-6, 5e-5)
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
 
 
 class LiPO(Listed):
@@ -111,9 +111,97 @@ class RRHF(Listed):
         return jnp.where(worse, jax.nn.relu(normed[:, :, None] - normed[:, None, :]), 0.0).sum(axis=(-2, -1))
 
 
-def reduce_lists(loss: jax.Array, present: jax.Array) -> Result:
-    """(sum of the loss [B] over lists with an answer, their number, metrics)."""
+class ListMLE(Listed):
+    """DPO over rankings (arXiv:2305.18290, appendix A.3): the likelihood of an order from best to worst,
+    L = -sum_k (s_k - lse_{i >= k} s_i), s = beta log p / p_ref. With two answers it is DPO."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"ref"})
+    rates: ClassVar[tuple[float, float]] = (5e-7, 5e-6)
+
+    beta: float = Field(default=0.1, gt=0)
+    """strength of the pull towards the reference"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """The sum over the lists, and their number."""
+        each = answers(scores)
+        present = each.length > 0
+        return reduce_lists(self.loss(scaled_ratio(self, each), present), present)
+
+    def loss(self, score: jax.Array, present: jax.Array) -> jax.Array:
+        """float32 [B] of policy scores [B, G]."""
+        score = jnp.where(present, score, _ABSENT)
+        rest = jax.lax.cumlogsumexp(score, axis=score.ndim - 1, reverse=True)
+        return jnp.where(present, rest - score, 0.0).sum(axis=-1)
+
+
+class EXOList(Listed):
+    """EXO for lists with scores r (arXiv:2402.00856): L = KL(q | p), q = softmax(beta log p / p_ref) over the
+    answers of a list, p = softmax(r / b). With two answers it is EXO for pairs, p being (1 - e, e)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"ref"})
+    rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    beta: float = Field(default=0.1, gt=0)
+    """strength of the pull towards the reference"""
+    score_temperature: float = Field(default=0.1, gt=0)
+    """b: by how much a score must be higher to be e times as good"""
+    divergence: Literal["reverse", "forward"] = "reverse"
+    """reverse is EXO; forward takes the cross entropy -sum p log q, DPO with scores"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """The sum over the lists, and their number."""
+        each = answers(scores)
+        present = each.length > 0
+        return reduce_lists(self.loss(each.ratio, batch.aux["scores"], present), present)
+
+    def loss(self, ratio: jax.Array, labels: jax.Array, present: jax.Array) -> jax.Array:
+        """float32 [B] of log-ratios and scores [B, G]."""
+        over = lambda x: log_softmax(jnp.where(present, x, _ABSENT), axis=-1)  # noqa: E731
+        q, p = over(self.beta * ratio), over(labels / self.score_temperature)
+        each = jnp.exp(q) * (q - p) if self.divergence == "reverse" else -jnp.exp(p) * q
+        return jnp.where(present, each, 0.0).sum(axis=-1)
+
+
+class D2O(Listed):
+    """Distributional dispreference optimisation (arXiv:2403.03419): only the bad answer is a person's.
+    L = -log s(beta mean_k D_k - a D_l): the last answer of a list, l, against the model's own, which are all
+    before it. A list of one answer is left out."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"ref"})
+
+    beta: float = Field(default=0.1, gt=0)
+    """what a unit of the own answers' log-ratio is worth"""
+    alpha: float = Field(default=0.1, gt=0)
+    """a: what a unit of the bad answer's log-ratio is worth"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """The sum over the lists, and their number."""
+        each = answers(scores)
+        present = each.length > 0
+        here = present & (present.sum(axis=-1, keepdims=True) > 1)
+        own, bad = self.rewards(each.ratio, here)
+        metrics = {
+            "rewards/chosen": own,
+            "rewards/rejected": bad,
+            "rewards/margins": own - bad,
+            "rewards/accuracies": (own > bad).astype(jnp.float32),
+        }
+        return reduce_lists(-log_sigmoid(own - bad), here, metrics)
+
+    def rewards(self, ratio: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float32 [B] each, of log-ratios [B, G]: the mean of the model's own answers, and the bad one's."""
+        place = jnp.arange(present.shape[-1])
+        last = jnp.where(present, place, -1).max(axis=-1, keepdims=True)
+        own, bad = present & (place < last), present & (place == last)
+        total = lambda where: jnp.where(where, ratio, 0.0).sum(axis=-1)  # noqa: E731
+        return self.beta * total(own) / jnp.maximum(own.sum(axis=-1), 1), self.alpha * total(bad)
+
+
+def reduce_lists(loss: jax.Array, present: jax.Array, means: dict[str, jax.Array] | None = None) -> Result:
+    """(sum of the loss [B] over lists with an answer, their number, metrics with the `means` over lists)."""
     some = present.any(axis=-1)
     count = some.sum().astype(jnp.float32)
-    sizes = present.sum().astype(jnp.float32)
-    return jnp.where(some, loss, 0.0).sum(), count, {"answers": (sizes, count)}
+    over = lambda x: (jnp.where(some, x, 0.0).sum(), count)  # noqa: E731
+    metrics: Metrics = {name: over(x) for name, x in (means or {}).items()}
+    metrics["answers"] = (present.sum().astype(jnp.float32), count)
+    return over(loss)[0], count, jax.tree.map(jax.lax.stop_gradient, metrics)

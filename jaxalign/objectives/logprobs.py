@@ -23,13 +23,15 @@ Parts = dict[str, jax.Array]  # float32 [N, M] each
 class Head:
     """How hidden states become logits.
 
-    chunk    tokens a device that are multiplied with the head at once
-    softcap  logits are cap * tanh(logits / cap), or None
-    dtype    operand dtype of the product, which accumulates in float32
-    trained  whether the head gets a gradient; a frozen one needs one pass less
-    smooth   whether the mean logit is wanted
-    compact  gather the rows that predict a target first; off where rows lie on several devices
-    spread   over how many devices the rows lie
+    chunk      tokens a device that are multiplied with the head at once
+    softcap    logits are cap * tanh(logits / cap), or None
+    dtype      operand dtype of the product, which accumulates in float32
+    trained    whether the head gets a gradient; a frozen one needs one pass less
+    smooth     whether the mean logit is wanted
+    collision  whether log sum_v p_v^2 is wanted
+    rivals     how many of the likeliest tokens other than the target are wanted
+    compact    gather the rows that predict a target first; off where rows lie on several devices
+    spread     over how many devices the rows lie
     """
 
     chunk: int = 512
@@ -37,6 +39,8 @@ class Head:
     dtype: Any = jnp.float32
     trained: bool = False
     smooth: bool = False
+    collision: bool = False
+    rivals: int = 0
     compact: bool = True
     spread: int = 1
 
@@ -51,7 +55,7 @@ def token_scores(
     tokens, valid = (following(x.reshape(-1, shape[-1])) for x in (batch.tokens, targets(batch)))
     # One gather of a sharded head for all chunks, not one in each.
     kernel = constrain(kernel, "vocab", None)
-    path = _recomputed if head.trained or head.smooth else _frozen
+    path = _recomputed if head.trained or head.smooth or head.rivals else _frozen
     parts = _chunked(partial(path, head), hidden, kernel, tokens, valid, head)
     back = lambda x: jnp.roll(x, 1, axis=1).reshape(shape)  # noqa: E731
     where = lambda x: jnp.where(valid, x, 0.0)  # noqa: E731
@@ -63,7 +67,26 @@ def token_scores(
         correct=jax.lax.stop_gradient(parts["correct"]),
         entropy=jax.lax.stop_gradient(parts["entropy"]),
         mask=back(valid),
+        collision=jax.lax.stop_gradient(parts["collision"]) if head.collision else None,
+        rivals=_stacked(parts, head.rivals) if head.rivals else None,
     )
+
+
+def _stacked(parts: Parts, count: int) -> jax.Array:
+    """float32 [B, G, T, count]: log-probs of the rivals, from the likeliest on."""
+    return jnp.stack([parts[f"rival{i}"] - parts["lse"] for i in range(count)], axis=-1)
+
+
+def prompt_vectors(kernel: jax.Array, batch: Batch) -> jax.Array:
+    """float32 [B, D], no gradient: the head's rows of the prompt's tokens, on average over the prompt.
+
+    The prompt is what stands before the first target of member 0; without one, or without targets, 0.
+    """
+    tokens, mask, segments = (jnp.asarray(x)[:, 0] for x in (batch.tokens, batch.mask, batch.segments))
+    before = (jnp.cumsum(mask, axis=-1) == 0) & (segments != 0) & mask.any(axis=-1, keepdims=True)
+    rows = jnp.where(before[..., None], kernel[tokens].astype(jnp.float32), 0.0)
+    mean = rows.sum(axis=1) / jnp.maximum(before.sum(axis=-1, keepdims=True), 1)
+    return jax.lax.stop_gradient(mean)
 
 
 def targets(batch: Batch) -> jax.Array:
@@ -144,7 +167,7 @@ def _logits(x: jax.Array, kernel: jax.Array, head: Head) -> jax.Array:
     return head.softcap * jnp.tanh(z / head.softcap) if head.softcap else z
 
 
-def _parts(z: jax.Array, targets: jax.Array, smooth: bool) -> tuple[Parts, jax.Array, jax.Array]:
+def _parts(z: jax.Array, targets: jax.Array, head: Head) -> tuple[Parts, jax.Array, jax.Array]:
     """The scores of a chunk from its logits [..., V], with exp(z - max) and its sum."""
     top = jax.lax.stop_gradient(z.max(axis=-1))
     e = jnp.exp(z - top[..., None])
@@ -154,11 +177,22 @@ def _parts(z: jax.Array, targets: jax.Array, smooth: bool) -> tuple[Parts, jax.A
     parts = {
         "label": label,
         "lse": lse,
-        "mean": z.mean(axis=-1) if smooth else jnp.zeros_like(lse),
+        "mean": z.mean(axis=-1) if head.smooth else jnp.zeros_like(lse),
         "correct": (label >= top).astype(jnp.float32),
         "entropy": lse - (e * z).sum(axis=-1) / total,
     }
+    if head.collision:
+        parts["collision"] = jnp.log(jnp.square(e).sum(axis=-1)) - 2 * jnp.log(total)
+    for i, rival in enumerate(_rivals(z, targets, head.rivals) if head.rivals else ()):
+        parts[f"rival{i}"] = rival
     return parts, e, total
+
+
+def _rivals(z: jax.Array, targets: jax.Array, count: int) -> list[jax.Array]:
+    """Logits of the `count` likeliest tokens other than the target, from the likeliest on."""
+    values, ids = jax.lax.top_k(z, count + 1)
+    past = jnp.cumsum(ids == targets[..., None], axis=-1) > 0  # at the target or behind it
+    return [jnp.where(past[..., i], values[..., i + 1], values[..., i]) for i in range(count)]
 
 
 def _recomputed(head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array, valid: jax.Array) -> Parts:
@@ -166,7 +200,7 @@ def _recomputed(head: Head, x: jax.Array, kernel: jax.Array, targets: jax.Array,
 
     @jax.checkpoint
     def one(chunk: tuple[jax.Array, jax.Array]) -> Parts:
-        return _parts(_logits(chunk[0], kernel, head), chunk[1], head.smooth)[0]
+        return _parts(_logits(chunk[0], kernel, head), chunk[1], head)[0]
 
     return jax.lax.map(one, (x, targets))
 
@@ -187,7 +221,7 @@ def _frozen_loop(
 ) -> tuple[Parts, tuple[jax.Array, jax.Array]]:
     def one(i: jax.Array, out: Any) -> Any:
         z = _logits(x[i], kernel, head)
-        parts, e, total = _parts(z, targets[i], smooth=False)
+        parts, e, total = _parts(z, targets[i], head)
         slopes = _slopes(head, z, e, total, kernel, targets[i]) if gradient else None
         if slopes and not head.softcap:
             # sum_v p_v z_v = h . d lse / d h where z = W h: a short product instead of a pass over the logits
@@ -198,7 +232,8 @@ def _frozen_loop(
         return jax.tree.map(lambda a, b: a.at[i].set(b), out, new)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    parts = dict.fromkeys(("label", "lse", "mean", "correct", "entropy"), zeros)
+    names = ("label", "lse", "mean", "correct", "entropy", *(("collision",) if head.collision else ()))
+    parts = dict.fromkeys(names, zeros)
     slopes = (jnp.zeros_like(x), jnp.zeros_like(x)) if gradient else ()
     # Chunks behind the last target are not computed.
     used = jnp.max(jnp.where(valid.any(axis=(1, 2)), jnp.arange(valid.shape[0]) + 1, 0))

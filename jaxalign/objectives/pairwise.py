@@ -6,27 +6,26 @@ d = D_w - D_l, z = beta d, and s the logistic function.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from pydantic import Field
 
-from jaxalign.config import Config
 from jaxalign.objectives.answers import Answers, Pair, clamped_exp, over_pairs, scaled_ratio
+from jaxalign.objectives.base import TokenLoss
 
 REFERENCE = frozenset({"ref"})
 
 
-class Paired(Config):
+class Paired(TokenLoss):
     """What these losses have in common."""
 
     group: ClassVar[int] = 2
     data: ClassVar[str] = "pairs"
     needs: ClassVar[frozenset[str]] = REFERENCE
     rates: ClassVar[tuple[float, float]] = (5e-7, 5e-6)
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
 
     beta: float = Field(default=0.1, gt=0)
     """strength of the pull towards the reference: higher stays closer"""

@@ -6,25 +6,23 @@ a_l their log-probabilities per token, and s the logistic function.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from pydantic import Field
 
-from jaxalign.config import Config
 from jaxalign.objectives.answers import Answers, Pair, log1mexp, over_pairs
+from jaxalign.objectives.base import TokenLoss
 
 
-class Unreferenced(Config):
+class Unreferenced(TokenLoss):
     """What these losses have in common."""
 
     group: ClassVar[int] = 2
     data: ClassVar[str] = "pairs"
-    needs: ClassVar[frozenset[str]] = frozenset()
     rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
 
     beta: float = Field(default=0.1, gt=0)
     """what a unit of log-probability is worth"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from jaxalign.types import Batch
 class SFT(Config):
     """L = - sum_t m_t log p(y_t | y_<t) / sum_t m_t, over all tokens of a step (global token mean)."""
 
+    kind: ClassVar[str] = "tokens"
     group: ClassVar[int] = 1
     data: ClassVar[str] = "sft"
+    rates: ClassVar[tuple[float, float]] = (2e-5, 2e-4)
+    defaults: ClassVar[dict[str, Any]] = {}
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of the target spread evenly over the vocabulary (arXiv:1512.00567, section 7)"""

@@ -12,20 +12,18 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from pydantic import Field
 
-from jaxalign.config import Config
 from jaxalign.objectives.answers import Answers, Result, answers, scaled_ratio
-from jaxalign.objectives.base import Metrics, Scores
+from jaxalign.objectives.base import Metrics, Scores, TokenLoss
 from jaxalign.types import Batch
 
 
-class Labelled(Config):
+class Labelled(TokenLoss):
     """What these losses have in common. The label of a row is aux "label", bool [B]."""
 
     group: ClassVar[int] = 1
     data: ClassVar[str] = "binary"
     needs: ClassVar[frozenset[str]] = frozenset({"ref", "whole_batch"})
     rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
 
     beta: float = Field(default=0.1, gt=0)
     """strength of the pull towards the reference: higher stays closer"""

@@ -13,13 +13,13 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxalign.objectives.base import Scores
-from jaxalign.objectives.logprobs import Head, token_scores
+from jaxalign.objectives.logprobs import Head, prompt_vectors, token_scores
 from jaxalign.types import Batch
 from tests.objectives import vectors as golden
 from tests.tiny import lay_out, quick_jit
 
 T, D, V = 11, 8, 13
-FIELDS = ("logp", "logsumexp", "mean_logit", "correct", "entropy")
+FIELDS = ("logp", "logsumexp", "mean_logit", "correct", "entropy", "collision")
 FROZEN, TRAINED, ROWS = Head(chunk=4), Head(chunk=4, trained=True), Head(chunk=7, compact=False, softcap=2.0)
 CASES = {
     "frozen": FROZEN,
@@ -32,6 +32,9 @@ CASES = {
     "trained, smooth, rows": Head(chunk=9, trained=True, compact=False, smooth=True),
     "smooth": Head(chunk=4, smooth=True),
     "trained, smooth, softcap": Head(chunk=6, smooth=True, softcap=2.5, trained=True),
+    "collision": Head(chunk=4, collision=True),
+    "collision, rows, softcap": Head(chunk=7, collision=True, compact=False, softcap=2.0),
+    "trained, collision": Head(chunk=4, trained=True, collision=True, softcap=1.5),
 }
 
 
@@ -98,6 +101,7 @@ def dense(hidden: np.ndarray, kernel: np.ndarray, batch: Batch, head: Head) -> t
         "mean_logit": z.mean(-1),
         "correct": (z.argmax(-1) == batch.tokens[:, :, 1:]).astype(float),
         "entropy": -(p * np.log(p)).sum(-1),
+        "collision": np.log((p**2).sum(-1)),
     }
     w = [x[:, :, 1:, None] * mask[..., None] for x in weights(batch)]
     dz = w[0] * (one_hot - p) + w[1] * p + (w[2] / V if head.smooth else 0)
@@ -115,13 +119,54 @@ def test_scores_and_gradients_are_those_of_the_dense_path(batch: Batch, inputs: 
     got, grads = compiled(head)(*inputs, batch)
     assert np.array_equal(got.mask, want["mask"])
     assert got.mask.sum() == 10 + 3 + 4
-    for name in FIELDS:
+    assert (got.collision is None) == (not head.collision)
+    for name in FIELDS if head.collision else FIELDS[:-1]:
         if name != "mean_logit" or head.smooth:
             np.testing.assert_allclose(getattr(got, name), want[name], atol=1e-5, rtol=1e-5, err_msg=name)
         assert getattr(got, name).dtype == jnp.float32
     np.testing.assert_allclose(grads[0], want_grads[0], atol=1e-5, rtol=1e-5)
     kernel = want_grads[1] if head.trained or head.smooth else np.zeros_like(want_grads[1])
     np.testing.assert_allclose(grads[1], kernel, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", [Head(chunk=4, collision=True), Head(chunk=4, collision=True, trained=True)])
+def test_the_collision_passes_no_gradient_on(batch: Batch, inputs: Any, head: Head) -> None:
+    total = lambda h, k: token_scores(h, k, batch, head, free).collision.sum()  # noqa: E731
+    value, grads = quick_jit(jax.value_and_grad(total, (0, 1)))(*inputs)
+    assert value < 0
+    assert not any(np.asarray(g).any() for g in grads)
+
+
+@pytest.mark.parametrize("head", [replace(FROZEN, rivals=3), replace(ROWS, rivals=3, softcap=None)])
+def test_rivals_are_the_likeliest_tokens_but_the_target(batch: Batch, inputs: Any, head: Head) -> None:
+    """Values and gradients of the sorted log-softmax without the target, over all logits."""
+
+    def dense_rivals(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(hidden[:, :-1] @ kernel.T).reshape(*batch.tokens.shape[:2], T - 1, V)
+        others = jnp.where(jax.nn.one_hot(batch.tokens[:, :, 1:], V, dtype=bool), -jnp.inf, logs)
+        return jnp.pad(jnp.sort(others, axis=-1)[..., :-4:-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+
+    mask = token_scores(*inputs, batch, head, free).mask[..., None]
+    factor = np.where(mask, np.cos(np.arange(mask.size * 3)).reshape(*mask.shape[:-1], 3), 0.0)
+    loss = lambda h, k: (factor * token_scores(h, k, batch, head, free).rivals).sum()  # noqa: E731
+    want = lambda h, k: (factor * dense_rivals(h, k)).sum()  # noqa: E731
+    got = token_scores(*inputs, batch, head, free).rivals
+    np.testing.assert_allclose(got, np.where(mask, dense_rivals(*inputs), 0.0), atol=1e-5)
+    for a, b in zip(jax.grad(loss, (0, 1))(*inputs), jax.grad(want, (0, 1))(*inputs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_prompt_vectors(batch: Batch, inputs: Any) -> None:
+    """The mean of the head's rows of what stands before the first target; nothing without a target."""
+    kernel = inputs[1]
+    got = prompt_vectors(kernel, batch)
+    want = [kernel[batch.tokens[0, 0, :1]].mean(0), kernel[batch.tokens[1, 0, :1]].mean(0)]
+    np.testing.assert_allclose(got[:2], want, rtol=1e-6)
+    assert not np.asarray(got[2:]).any()
+    long = replace(batch, mask=batch.mask & (np.arange(T) >= 3))
+    want = kernel[batch.tokens[0, 0, :3]].mean(0)
+    np.testing.assert_allclose(prompt_vectors(kernel, long)[0], want, rtol=1e-6)
+    assert not np.asarray(jax.grad(lambda k: prompt_vectors(k, batch).sum())(kernel)).any()
 
 
 def test_chunks_are_counted_in_tokens_of_a_device() -> None:

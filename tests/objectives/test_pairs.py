@@ -31,7 +31,7 @@ OBJECTIVES = {name: case[0] for name, case in CASES.items()} | {
     "rpo": c.RPO(),
     "mpo": c.MPO(),
 }
-BY_TOKEN = {"ld_dpo": c.LDDPO()}
+BY_TOKEN = {"wpo": c.WPO(beta=0.1), "ld_dpo": c.LDDPO()}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,24 @@ def test_mixtures(published: dict[str, Any]) -> None:
     )
     mpo = published["mpo_trl_mix"]["expected"]["loss"]
     np.testing.assert_allclose(c.MPO(beta=0.1).loss(pair).mean(), mpo, rtol=1e-5)
+    weighted = published["wpo_weighted_dpo"]
+    got = c.WPO(beta=0.1).loss(pair, jnp.asarray(weighted["inputs"]["weight"]))
+    np.testing.assert_allclose(got, weighted["expected"]["per_example"], rtol=1e-5)
+
+
+def test_a_pair_is_weighed_with_how_likely_both_answers_are() -> None:
+    """exp of the mean gap between a token's log-prob and log sum p^2, multiplied over both; no gradient."""
+    s = scores(3)
+    s = replace(s, collision=jnp.where(s.mask, -0.7, 0.0))
+    batch = batch_for(s)
+    mask, gap = np.asarray(s.mask), np.asarray(s.logp - s.collision)
+    mean = [[gap[b, g][mask[b, g]].mean() for g in (0, 1)] for b in range(3)]
+    weight = np.exp(np.sum(mean, axis=1))
+    dpo = lambda logp: (weight * DPO.loss(Pair.of(replace(s, logp=logp), batch))).sum()  # noqa: E731
+    wpo = lambda logp: c.WPO(beta=0.1)(replace(s, logp=logp), batch)[0]  # noqa: E731
+    for got, want in zip(jax.value_and_grad(wpo)(s.logp), jax.value_and_grad(dpo)(s.logp), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert c.WPO()(s, batch)[1] == 3
 
 
 def test_tokens_beyond_the_shorter_answer_count_less(published: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxalign.objectives import listwise, transport, unpaired
+from jaxalign.objectives.answers import Answers, Pair
 from jaxalign.objectives.base import Scores
-from jaxalign.objectives.pairwise import DPO
+from jaxalign.objectives.pairwise import DPO, EXO
 from jaxalign.types import Batch
 from tests.objectives.test_pairs import fixture_pair, published, scores  # noqa: F401
 
@@ -23,7 +24,13 @@ ROWS = {
     "bco": (unpaired.BCO(), 1),
     "bco pooled": (unpaired.BCO(shift="pooled"), 1),
 }
-LISTS = {"lipo": listwise.LiPO(), "pro": listwise.PRO(), "rrhf": listwise.RRHF()}
+LISTS = {
+    "lipo": listwise.LiPO(),
+    "pro": listwise.PRO(),
+    "rrhf": listwise.RRHF(),
+    "listmle": listwise.ListMLE(),
+    "exo_list": listwise.EXOList(),
+}
 
 
 def test_kto(published: dict[str, Any]) -> None:  # noqa: F811
@@ -87,6 +94,34 @@ def test_lists(published: dict[str, Any]) -> None:  # noqa: F811
     v = published["rrhf"]
     got = listwise.RRHF().ranking(row(v["inputs"]["len_norm_logp"]), row(v["inputs"]["reward"]), here)
     np.testing.assert_allclose(got, v["expected"]["rank_loss"], rtol=1e-5)
+
+
+def test_lists_as_distributions(published: dict[str, Any]) -> None:  # noqa: F811
+    # A fourth member is padding.
+    row, here = lambda x: jnp.asarray([[*x, np.nan]]), jnp.array([[True, True, True, False]])
+    v = published["exo_rw_k3"]
+    for divergence, name in (("reverse", "loss"), ("forward", "forward_kl_dpo_rw")):
+        exo = listwise.EXOList(beta=0.5, score_temperature=0.5, divergence=divergence)  # type: ignore[arg-type]
+        got = exo.loss(row(v["inputs"]["logratio"]), row(v["inputs"]["reward"]), here)
+        np.testing.assert_allclose(got, [v["expected"][name]], rtol=1e-5)
+    v = published["lipo_listmle"]
+    got = listwise.ListMLE().loss(row(v["inputs"]["score_sorted_by_label"]), here)
+    np.testing.assert_allclose(got, [v["expected"]["loss"]], rtol=1e-5)
+
+
+def test_two_answers_as_a_list_are_a_pair() -> None:
+    ratio, both, e = jnp.array([[1.5, -0.5]]), jnp.ones((1, 2), bool), 0.02
+    zero, one = jnp.zeros(1), jnp.ones(1)
+    pair = Pair(Answers(ratio[:, 0], zero, one), Answers(ratio[:, 1], zero, one))
+    np.testing.assert_allclose(listwise.ListMLE().loss(0.1 * ratio, both), DPO().loss(pair), rtol=1e-5)
+    score = jnp.array([[0.5 * np.log((1 - e) / e), 0.0]])
+    got = listwise.EXOList(beta=0.3, score_temperature=0.5).loss(ratio, score, both)
+    np.testing.assert_allclose(got, EXO(beta=0.3, label_smoothing=e).loss(pair), rtol=1e-5)
+
+
+def test_apo_zero_is_kto_without_a_shift() -> None:
+    want = unpaired.KTO().loss(RATIO, LABEL, 0.0)
+    np.testing.assert_allclose(unpaired.APOZeroUnpaired().loss(RATIO, LABEL), want, rtol=1e-6)
 
 
 def test_two_answers_under_lipo_are_dpo_with_a_weight() -> None:
