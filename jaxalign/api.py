@@ -137,7 +137,7 @@ def plan_of(run: Run, on: str | None = None, mfu: float = 0.4) -> Plan:
     """The plan of a run."""
     from jaxalign.preflight import plan_run
 
-    return plan_run(run.model, run.data, run.config, on=on, mfu=mfu)
+    return plan_run(run.method, run.model, run.data, run.config, on=on, mfu=mfu)
 
 
 # ------------------------------------------------------------------------------------------- sampling
@@ -244,19 +244,22 @@ def pull(model: str) -> Path:
 def inspect_data(
     model: str, data: str | Path, rows: int = 3, overrides: Sequence[str] = (), **keys: Any
 ) -> None:
-    """Prints the rows as training sees them: tokens, what is learned, what is left out and why."""
-    from jaxalign.data.chat import load_tokenizer
-    from jaxalign.data.inspect import inspect_data as show
-    from jaxalign.data.readers import read_records
-    from jaxalign.models.source import resolve
-    from jaxalign.train.settings import TrainConfig
+    """Prints the rows as training sees them: tokens, what is learned, what is left out and why.
 
-    config = load_config(TrainConfig, (), overrides, keys)
-    records, report = read_records(data, max_bad_rows=config.max_bad_rows)
-    show(
-        records,
-        report,
+    `keys` are those of a training method that say how rows are read, and `kind`.
+    """
+    from jaxalign.data.chat import load_tokenizer
+    from jaxalign.data.inspect import inspect_files
+    from jaxalign.models.source import resolve
+    from jaxalign.train.settings import InspectConfig
+
+    config = load_config(InspectConfig, (), overrides, keys)
+    inspect_files(
+        data,
         load_tokenizer(resolve(model)),
+        kind=config.kind,
+        options=config.options,
+        max_bad_rows=config.max_bad_rows,
         max_length=config.max_length,
         truncation=config.truncation,
         loss_on=config.loss_on,

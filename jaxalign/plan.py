@@ -57,8 +57,10 @@ MACHINES: dict[str, tuple[str, float]] = {
 class Job:
     """One optimiser step, as far as arithmetic can see it.
 
-    rows        rows of one forward pass, over all devices together
-    length      tokens of a row, padding included
+    rows        rows of the data in one forward pass, over all devices together
+    members     answers of a row: each is a sequence of its own
+    length      tokens of a sequence, padding included
+    reference   what the reference policy is: one of `train.reference.Mode`, None where there is none
     optimizer   bytes of optimiser state per byte of trained parameters
     chunk       tokens a row whose logits exist at a time; on one device, tokens of all rows together
     examples    rows of the data set and their tokens, None where there is no data
@@ -79,6 +81,13 @@ class Job:
     steps_per_epoch: int | None = None
     steps: int | None = None
     mfu: float = 0.4
+    members: int = 1
+    reference: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Of one forward pass, over all devices together."""
+        return self.rows * self.members
 
 
 class Fact(NamedTuple):
@@ -167,6 +176,8 @@ def _memory(job: Job) -> Iterator[Fact]:
         yield Fact(
             section, "weights", base * (FLOAT32 + copy), "bytes", "float32, and the copy that computes"
         )
+    if job.reference in ("frozen", "ema"):
+        yield Fact(section, "reference", trained * FLOAT32, "bytes", "a copy of what trains")
     yield Fact(section, "gradients", trained * FLOAT32 * accumulators, "bytes")
     yield Fact(section, "optimiser", trained * FLOAT32 * job.optimizer, "bytes")
     yield Fact(section, "activations", _activations(job), "bytes", f"remat={job.model.remat}")
@@ -175,9 +186,12 @@ def _memory(job: Job) -> Iterator[Fact]:
 
 
 def _work(job: Job) -> Iterator[Fact]:
-    tokens = job.rows * job.length * job.accumulation
+    tokens = job.sequences * job.length * job.accumulation
     flops = flops_per_token(job.model, job.length)
-    yield Fact("step", "tokens", tokens, note=f"{job.rows} rows x {job.length} x {job.accumulation}, if full")
+    if job.reference not in (None, "precomputed"):
+        flops += forward_flops(job.model, job.length)
+    many = f"{job.rows} rows x {job.members} answers" if job.members > 1 else f"{job.rows} rows"
+    yield Fact("step", "tokens", tokens, note=f"{many} x {job.length} x {job.accumulation}, if full")
     yield Fact("step", "work per token", flops, "FLOPs")
     yield Fact("step", "work", flops * tokens, "FLOPs")
     peak = peak_flops(job.machine.kind, "bf16" if job.compute_bytes == 2 else "f32")
@@ -260,8 +274,13 @@ def flops_per_token(model: Model, length: int) -> float:
     return passes * matmul_parameters(base) + own + (3 + a_again) * attention_flops(model.config, length)
 
 
+def forward_flops(model: Model, length: int) -> float:
+    """FLOPs a token of a forward pass: 2 N + a, adapters left out."""
+    return 2 * matmul_parameters(_trees(model)[0][1]) + attention_flops(model.config, length)
+
+
 def _tokens_per_device(job: Job) -> float:
-    return job.rows * job.length / (job.mesh["data"] * job.mesh["fsdp"])
+    return job.sequences * job.length / (job.mesh["data"] * job.mesh["fsdp"])
 
 
 def _activations(job: Job) -> float:
@@ -289,9 +308,9 @@ def _kept_per_layer(job: Job) -> dict[str, float]:
 def _logits(job: Job) -> float:
     """A chunk's logits and their exponentials, and two vectors [D] a token: the slopes of its score."""
     c, tensor = job.model.config, job.mesh["tensor"]
-    rows = 1 if job.machine.count == 1 else job.rows / (job.mesh["data"] * job.mesh["fsdp"])
+    rows = 1 if job.machine.count == 1 else job.sequences / (job.mesh["data"] * job.mesh["fsdp"])
     held = FLOAT32 if job.machine.is_cpu else job.compute_bytes
-    chunk = min(job.chunk, job.rows * job.length) * rows * c.vocab_size / tensor
+    chunk = min(job.chunk, job.sequences * job.length) * rows * c.vocab_size / tensor
     return 2 * FLOAT32 * chunk + 2 * held * c.hidden_size * _tokens_per_device(job)
 
 

@@ -18,16 +18,20 @@ from jaxalign.models.store import read_json
 from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import mesh_sizes
-from jaxalign.train.assemble import HEADROOM, learning_rate, remat_policies
+from jaxalign.train.assemble import HEADROOM, remat_policies
 from jaxalign.train.inputs import default_batch_size, read_inputs, total_steps
 from jaxalign.train.optim import make_optimizer, make_schedule
-from jaxalign.train.settings import TrainConfig
+from jaxalign.train.reference import resolve_mode
+from jaxalign.train.settings import TrainConfig, objective_for
 
 BYTES = {"bf16": 2, "f32": 4}
+MEMBERS = 4  # answers of a list, where there is no data to count them in
 
 
-def plan_run(model: str, data: Any, config: TrainConfig, on: str | None = None, mfu: float = 0.4) -> Plan:
-    """The plan of training `model` on `data` (None: as many tokens as fit), on the devices that `on` names.
+def plan_run(
+    method: str, model: str, data: Any, config: TrainConfig, on: str | None = None, mfu: float = 0.4
+) -> Plan:
+    """The plan of training `model` on `data` (None: rows of max_length), on the devices that `on` names.
 
     Without `on` the devices of this machine are meant, and started. Raises `UserError`.
     """
@@ -38,6 +42,7 @@ def plan_run(model: str, data: Any, config: TrainConfig, on: str | None = None, 
     rows = config.batch_size or default_batch_size(shards, config.grad_accumulation)
     config = config.model_copy(update={"batch_size": rows, "dtype": dtype})
     raw, lora = read_config(model, config)
+    objective = objective_for(method, config)
     job = Job(
         Model(FAMILIES[raw.get("model_type", "")].from_hf(raw), lora),
         mesh,
@@ -48,9 +53,17 @@ def plan_run(model: str, data: Any, config: TrainConfig, on: str | None = None, 
         compute_bytes=BYTES[dtype],
         steps=config.max_steps,
         mfu=mfu,
+        members=objective.group or MEMBERS,
+        reference=_reference(objective, config, imported=lora is not config.lora),
     )
     job = replace(job, optimizer=optimizer_share(job.model, config))
-    return make_plan(_with_remat(_with_data(job, model, data, config), config.remat))
+    return make_plan(_with_remat(_with_data(job, model, data, config, objective), config.remat))
+
+
+def _reference(objective: Any, config: Any, imported: bool) -> str | None:
+    if "ref" not in objective.needs:
+        return None
+    return resolve_mode(config.reference, full=config.lora is None, imported=imported)
 
 
 def this_machine() -> Machine:
@@ -111,21 +124,22 @@ def optimizer_share(model: Model, config: TrainConfig) -> float:
     """Bytes of optimiser state per byte of trained parameters, from the optimiser itself."""
     adapter, base = model.shapes()
     trained = adapter or base
-    optimizer = make_optimizer(config, make_schedule(config, learning_rate(config), 1))
+    optimizer = make_optimizer(config, make_schedule(config, 1.0, 1))
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     return size(jax.eval_shape(optimizer.init, trained)) / size(trained)
 
 
-def _with_data(job: Job, model: str, data: Any, config: TrainConfig) -> Job:
+def _with_data(job: Job, model: str, data: Any, config: TrainConfig, objective: Any) -> Job:
     """The job with the rows counted: how long they really are, how many steps they make."""
     if data is None:
         return job
     from jaxalign.data.chat import load_tokenizer
 
-    inputs = read_inputs(data, load_tokenizer(resolve(model)), config, lambda line: None)
+    inputs = read_inputs(data, load_tokenizer(resolve(model)), config, objective, lambda line: None)
     source = inputs.source
     return replace(
         job,
+        members=source.members,
         length=max(source.lengths),
         examples=source.stats.examples,
         tokens=source.stats.tokens,

@@ -15,6 +15,8 @@ from jaxalign.models.decoder import Model
 from jaxalign.objectives.sft import SFT
 from jaxalign.sharding import MeshConfig, constrainer, make_mesh, tree_shardings
 from jaxalign.train.feed import place
+from jaxalign.train.programs import shape_of
+from jaxalign.train.reference import ReferenceConfig, mover
 from jaxalign.train.state import TrainState, init_state, state_shardings
 from jaxalign.train.step import make_step
 from jaxalign.types import Batch, Params
@@ -42,6 +44,7 @@ class Rig:
     optimizer: optax.GradientTransformation = optax.sgd(1.0)
     objective: Any = SFT()
     seed: int = 0
+    reference: ReferenceConfig | None = None  # a copy of what trains, which moves if the mode is ema
 
     def devices(self) -> Mesh:
         """The mesh itself."""
@@ -62,9 +65,19 @@ class Rig:
         placed = jax.device_put(self.weights(), tuple(shardings))
         trained, rest = (placed[1], {}) if self.full else placed
         lies = shardings[1] if self.full else shardings[0]
-        state = init_state(trained, self.optimizer, lies, mesh, self.seed)
-        out = state_shardings(trained, self.optimizer, lies, mesh)
-        step = make_step(model, self.objective, self.optimizer, mesh, train_base=self.full, out_shardings=out)
+        copy = self.reference is not None
+        state = init_state(trained, self.optimizer, lies, mesh, self.seed, copy)
+        out = state_shardings(trained, self.optimizer, lies, mesh, copy)
+        move = mover(self.reference, "ema") if self.reference and self.reference.mode == "ema" else None
+        step = make_step(
+            model,
+            self.objective,
+            self.optimizer,
+            mesh,
+            train_base=self.full,
+            out_shardings=out,
+            move=move,
+        )
         return step, state, rest
 
     def place(self, batch: Batch) -> Batch:
@@ -74,10 +87,14 @@ class Rig:
     def run(self, batch: Batch) -> tuple[Params, dict[str, float]]:
         """What one step on a host batch [A, B, G, T] takes away from the trained parameters (with the default
         optimiser the gradient), and its metrics."""
-        _, state, base = self.start()
-        state, metrics = program(self, batch.tokens.shape)(state, base, self.place(batch))
+        state, metrics = self.after(batch)
         change = jax.tree.map(lambda before, after: before - np.asarray(after), self.before(), state.params)
         return change, {k: float(v) for k, v in metrics.items()}
+
+    def after(self, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the metrics of one step on a host batch [A, B, G, T]."""
+        _, state, base = self.start()
+        return _program(self, _Like(batch))(state, base, self.place(batch))
 
     def before(self) -> Params:
         """What trains, as it was before the first step."""
@@ -85,12 +102,29 @@ class Rig:
         return base if self.full else adapter
 
 
-@cache
 def program(rig: Rig, shape: tuple[int, ...]) -> Any:
     """The compiled step of `rig` for batches of this shape [A, B, G, T]; compiled once for all tests."""
+    return _program(rig, _Like(Batch(*(np.zeros(shape, d) for d in (np.int32, bool, np.int32, np.int32)))))
+
+
+class _Like:
+    """A host batch that equals all of its shapes."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.key = (shape_of(batch), jax.tree.structure(batch))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Like) and self.key == other.key
+
+
+@cache
+def _program(rig: Rig, like: _Like) -> Any:
     step, state, base = rig.start()
-    host = Batch(*(np.zeros(shape, d) for d in (np.int32, bool, np.int32, np.int32)))
-    return step.lower(state, base, rig.place(host)).compile(compiler_options=quick())
+    return step.lower(state, base, rig.place(like.batch)).compile(compiler_options=quick())
 
 
 def assert_same_step(got: tuple[Params, dict[str, float]], want: tuple[Params, dict[str, float]]) -> None:

@@ -120,9 +120,9 @@ def test_every_python_example_runs(where, text, calls, capsys):
 
 @pytest.mark.parametrize(("where", "text"), list(blocks("json")), ids=lambda v: v[:30])
 def test_every_row_shown_is_a_row_that_is_understood(where, text):
-    from jaxalign.data.formats import to_record
+    from jaxalign.data.formats import to_records
 
-    record, _ = to_record(json.loads(text), source="", place=where)
+    (record,), _ = to_records(json.loads(text), source="", place=where)
     assert record.messages
 
 

@@ -114,7 +114,7 @@ def test_work_agrees_with_the_training_run_s_own_count(lora):
     model = job(SMOLLM, lora).model
     adapter, base = model.shapes()
     cost = training_cost(base, heads=9, head_dim=64, full=lora is None)
-    counted = cost.of(Work(length, length * (length + 1) // 2 * 30)) / length
+    counted = cost.of(Work(length, length * (length + 1) // 2 * 30, length)) / length
     own = 6 * sum(leaf.size for leaf in jax.tree.leaves(adapter))
     assert flops_per_token(model, length) - own == pytest.approx(counted, rel=1e-3)
 
@@ -207,9 +207,9 @@ def settings(*overrides: str):
 def test_plan_takes_the_policy_that_fits(tmp_path):
     model = _folder(tmp_path, LLAMA_8B)
     rows = ("batch_size=4", "max_length=2048")
-    notes = {on: _remat(plan_run(model, None, settings(*rows), on=on)) for on in ("h200", "l40s")}
+    notes = {on: _remat(plan_run("sft", model, None, settings(*rows), on=on)) for on in ("h200", "l40s")}
     assert notes == {"h200": "remat=none", "l40s": "remat=full"}
-    assert _remat(plan_run(model, None, settings(*rows, "remat=dots"), on="h200")) == "remat=dots"
+    assert _remat(plan_run("sft", model, None, settings(*rows, "remat=dots"), on="h200")) == "remat=dots"
 
 
 def _remat(plan: Plan) -> str:
@@ -217,7 +217,7 @@ def _remat(plan: Plan) -> str:
 
 
 def test_plan_of_this_machine_counts_its_devices(tmp_path):
-    plan = plan_run(_folder(tmp_path, SMOLLM), None, settings("max_steps=7"))
+    plan = plan_run("sft", _folder(tmp_path, SMOLLM), None, settings("max_steps=7"))
     assert plan.value("step", "tokens") == 8 * 1024  # eight simulated devices, a row each
     assert plan.value("run", "steps") == 7
 
@@ -233,7 +233,7 @@ def test_plan_counts_the_rows_of_real_data(tmp_path, monkeypatch):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = settings("batch_size=8", "epochs=2")
-    plan = plan_run(_folder(tmp_path, SMOLLM), str(data), config, on="h100")
+    plan = plan_run("sft", _folder(tmp_path, SMOLLM), str(data), config, on="h100")
     assert plan.value("run", "examples") == 30
     assert plan.value("run", "steps an epoch") == 4
     assert plan.value("run", "steps") == 8

@@ -11,18 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES
 from jaxalign.models.decoder import Model, parameter_count
+from jaxalign.models.hashing import content_hash
 from jaxalign.models.load import Loaded, load_model
 from jaxalign.sharding import RULES, tree_shardings
+from jaxalign.train.checkpoint import Parts
 from jaxalign.train.feed import place
 from jaxalign.train.flops import Cost, peak_flops, training_cost
 from jaxalign.train.loop import Speed
 from jaxalign.train.optim import make_optimizer, make_schedule
+from jaxalign.train.precompute import Reference
 from jaxalign.train.programs import Programs
+from jaxalign.train.reference import REFERENCE, Mode, Move, ReferenceConfig, held, mover, resolve_mode
+from jaxalign.train.score import init_head
 from jaxalign.train.settings import TrainConfig
 from jaxalign.train.state import TrainState, init_state, state_shardings
 from jaxalign.train.step import make_eval, make_step
@@ -63,7 +68,10 @@ def remat_policies(asked: str, platform: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded model as training sees it: `params` move, `base` does not (and is empty in full tuning)."""
+    """A loaded model as training sees it: `params` move, `base` does not (and is empty in full tuning).
+
+    `imported`: the adapter that trains had been trained before.
+    """
 
     loaded: Loaded
     model: Model
@@ -71,6 +79,11 @@ class Weights:
     base: Params
     full: bool
     shardings: Params
+    imported: bool = False
+
+    def split(self, params: Params) -> tuple[Params, Params | None]:
+        """(adapter or all weights, head of a reward model or None) of `params` in their form."""
+        return (params["trunk"], params["head"]) if "trunk" in params else (params, None)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -99,8 +112,19 @@ def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weight
         return Weights(replace(loaded, model=bare, base={}, adapter=None), bare, params, {}, full, shardings)
     shardings = tree_shardings(mesh, adapter_axes, adapter_shapes)
     make = jax.jit(model.init_adapter, out_shardings=shardings)
-    params = loaded.adapter if loaded.adapter is not None else make(jax.random.key(config.seed))
-    return Weights(replace(loaded, adapter=None), model, params, loaded.base, full, shardings)
+    base = loaded.base if model.adapter is not None and model.adapter.needs_base else None
+    params = loaded.adapter if loaded.adapter is not None else make(jax.random.key(config.seed), base)
+    trained_before = loaded.adapter is not None
+    return Weights(replace(loaded, adapter=None), model, params, loaded.base, full, shardings, trained_before)
+
+
+def with_head(weights: Weights, mesh: Mesh, seed: int) -> Weights:
+    """The weights of a reward model: with the head that was loaded, or a new one."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    make = jax.jit(init_head, static_argnums=0, out_shardings=everywhere)
+    head = weights.loaded.head or make(weights.model.config.hidden_size, jax.random.key(seed))
+    lies = {"trunk": weights.shardings, "head": {"kernel": everywhere}}
+    return replace(weights, params={"trunk": weights.params, "head": head}, shardings=lies)
 
 
 def _merged(model: Model, loaded: Loaded, shardings: Params) -> Params:
@@ -108,11 +132,11 @@ def _merged(model: Model, loaded: Loaded, shardings: Params) -> Params:
     return merge(loaded.adapter, loaded.base)
 
 
-def learning_rate(config: TrainConfig) -> float:
-    """The peak learning rate: the configured one, or the usual one of the mode."""
+def learning_rate(config: TrainConfig, rates: tuple[float, float]) -> float:
+    """The peak learning rate: the configured one, or the method's usual one, `rates` (full, adapter)."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return 2e-5 if config.lora is None else 2e-4
+    return rates[config.lora is not None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ class Machine:
     @cached_property
     def schedule(self) -> Callable[[Any], Any]:
         """Learning rate by step."""
-        return make_schedule(self.config, learning_rate(self.config), self.total)
+        return make_schedule(self.config, learning_rate(self.config, self.objective.rates), self.total)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -137,15 +161,34 @@ class Machine:
         return make_optimizer(self.config, self.schedule)
 
     @cached_property
+    def mode(self) -> Mode | None:
+        """What the reference policy is; None where the objective has none. Raises `UserError`."""
+        if "ref" not in self.objective.needs:
+            return None
+        asked: ReferenceConfig = getattr(self.config, "reference", REFERENCE)
+        return resolve_mode(asked, full=self.weights.full, imported=self.weights.imported)
+
+    def reference(self) -> Reference:
+        """The reference policy of precomputed log-probs: what the run starts from."""
+        w, source = self.weights, self.weights.loaded.source
+        adapter, base = (None, w.params) if w.full else (w.params if w.imported else None, w.base)
+        files = sorted(source.adapter.glob("adapter_*")) if source.adapter else []
+        identity = content_hash(files) if files else ""
+        return Reference(
+            w.model, adapter, base, self.mesh, f"{w.loaded.base_hash}+{identity}:{self.config.dtype}"
+        )
+
+    @cached_property
     def state_shardings(self) -> Any:
         """Where every leaf of the state lies."""
-        return state_shardings(self.weights.params, self.optimizer, self.weights.shardings, self.mesh)
+        w = self.weights
+        return state_shardings(w.params, self.optimizer, w.shardings, self.mesh, held(self.mode))
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of the state: what a checkpoint is read into."""
+        """Shapes and shardings of the state."""
         w = self.weights
-        args = (self.optimizer, w.shardings, self.mesh, self.config.seed)
+        args = (self.optimizer, w.shardings, self.mesh, self.config.seed, held(self.mode))
         shapes = jax.eval_shape(lambda params: init_state(params, *args), w.params)
         like = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(like, shapes, self.state_shardings)
@@ -153,12 +196,25 @@ class Machine:
     def new_state(self) -> TrainState:
         """The state before the first step. Takes the weights' `params`: they are gone afterwards."""
         w = self.weights
-        return init_state(w.params, self.optimizer, w.shardings, self.mesh, self.config.seed)
+        return init_state(w.params, self.optimizer, w.shardings, self.mesh, self.config.seed, held(self.mode))
+
+    def parts(self, state: TrainState) -> Parts:
+        """A state as a checkpoint holds it. A frozen reference is not in it: the run began with it."""
+        moving = state.reference if self.mode == "ema" else None
+        rest = {"step": state.step, "key": state.key}
+        return {"params": state.params, "opt": state.opt, "rest": rest, "reference": moving}
+
+    def resumed(self, parts: Parts) -> TrainState:
+        """The state that a checkpoint's `parts` make. Takes the weights' `params` too."""
+        rest = parts["rest"]
+        reference = self.weights.params if self.mode == "frozen" else parts["reference"]
+        return TrainState(rest["step"], parts["params"], parts["opt"], rest["key"], reference)
 
     def forget_start(self) -> None:
         """Frees the weights' `params` on the devices, where a checkpoint takes their place."""
         _ = self.abstract_state
-        jax.tree.map(lambda x: x.delete(), self.weights.params)
+        if self.mode != "frozen":
+            jax.tree.map(lambda x: x.delete(), self.weights.params)
 
     def train_programs(self, batches: list[Batch]) -> Programs:
         """The step, compiled for the abstract `batches`, the largest last, with the remat that was asked for.
@@ -176,6 +232,7 @@ class Machine:
                 self.mesh,
                 train_base=self.weights.full,
                 out_shardings=self.state_shardings,
+                move=self._move,
             )
             programs = Programs(step, "the training step", self.say)
             if self._prepared(programs, state, batches) or policy == policies[-1]:
@@ -184,6 +241,10 @@ class Machine:
         for batch in batches:
             programs.prepare(state, self.weights.base, batch)
         return programs
+
+    @property
+    def _move(self) -> Move | None:
+        return mover(self.config.reference, self.mode) if self.mode else None  # type: ignore[attr-defined]
 
     def _prepared(self, programs: Programs, state: TrainState, batches: list[Batch]) -> bool:
         """Compiles for the largest batch; whether it fits."""
@@ -231,6 +292,7 @@ class Machine:
             heads=config.num_heads,
             head_dim=config.head_dim,
             full=self.weights.full,
+            reference=self.mode not in (None, "precomputed"),
         )
         return Speed(cost.of, peak_flops(kind, self.config.dtype))
 

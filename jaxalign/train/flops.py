@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -41,10 +41,19 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch holds: `tokens` that are not padding; `attended`, (query, key) pairs over all layers."""
+    """What a batch holds, without padding.
+
+    tokens    of all examples and answers
+    attended  (query, key) pairs over all layers
+    computed  tokens that the model sees: fewer where answers share their prompt
+    """
 
     tokens: int = 0
     attended: int = 0
+    computed: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def work_of(batch: Batch, layers: Mapping[int, int]) -> Work:
@@ -52,16 +61,18 @@ def work_of(batch: Batch, layers: Mapping[int, int]) -> Work:
 
     Causal attention looks back over its own segment: position + 1 keys a token, or what the window holds.
     """
-    real = np.asarray(batch.segments) > 0
-    keys = np.asarray(batch.positions)[real].astype(np.int64) + 1
+    rows = batch.shared or batch
+    real = np.asarray(rows.segments) > 0
+    keys = np.asarray(rows.positions)[real].astype(np.int64) + 1
     attended = sum(count * int(np.minimum(keys, window or keys).sum()) for window, count in layers.items())
-    return Work(int(real.sum()), attended)
+    return Work(int((np.asarray(batch.segments) > 0).sum()), attended, int(real.sum()))
 
 
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of one training step without rematerialisation: 4 N + 3 a a token for adapters, 6 N + 3 a full,
-    with N the parameters in matrix products (head included, lookup not) and a the attention forward.
+    with N the parameters in matrix products (head included, lookup not) and a the attention forward. A
+    reference policy in the step adds 2 N + a.
 
     matmul     FLOPs a token
     attention  FLOPs a (query, key) pair of one layer
@@ -72,14 +83,15 @@ class Cost:
 
     def of(self, work: Work) -> float:
         """FLOPs of a step over `work`."""
-        return self.matmul * work.tokens + self.attention * work.attended
+        return self.matmul * work.computed + self.attention * work.attended
 
 
-def training_cost(shapes: Any, *, heads: int, head_dim: int, full: bool) -> Cost:
-    """The cost of supervised training. `shapes` is the base's tree: kernels count, a tied embedding once."""
-    passes = 6 if full else 4
+def training_cost(shapes: Any, *, heads: int, head_dim: int, full: bool, reference: bool = False) -> Cost:
+    """The cost of a step. `shapes` is the base's tree: kernels count, a tied embedding once. `reference`: the
+    step makes a forward pass of a reference policy too."""
+    passes = (6 if full else 4) + 2 * reference
     # Scores and weighted sum: 2 products of 2 FLOPs a pair, head and dimension; backward costs twice that.
-    return Cost(float(passes * matmul_parameters(shapes)), float(3 * 4 * heads * head_dim))
+    return Cost(float(passes * matmul_parameters(shapes)), float((3 + reference) * 4 * heads * head_dim))
 
 
 def matmul_parameters(shapes: Any) -> int:

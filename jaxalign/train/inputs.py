@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxalign import distributed
 from jaxalign.data.batching import BatchSource, eval_batches, permutation
 from jaxalign.data.chat import Tokenizer
-from jaxalign.data.readers import read_records
-from jaxalign.data.tokenize import tokenize
+from jaxalign.data.readers import LoadReport, read_groups, read_records
+from jaxalign.data.rows import Item, members_of
+from jaxalign.data.tokenize import TokenizeReport, tokenize, tokenize_groups
 from jaxalign.errors import UserError
 from jaxalign.train.settings import TrainConfig
-from jaxalign.types import Batch, Example
+from jaxalign.types import Batch, Group
 
 Data = str | Path | Sequence[str | Path]
 
@@ -27,7 +30,7 @@ class Inputs:
     """What a run trains on (`source`) and is evaluated on (`held_out`, maybe nothing), and the report."""
 
     source: BatchSource
-    held_out: list[Example]
+    held_out: list[Item]
     report: dict[str, Any]
 
     @property
@@ -37,65 +40,164 @@ class Inputs:
         return {"fingerprint": self.source.fingerprint, "examples": stats.examples, "tokens": stats.tokens}
 
 
-def read_inputs(data: Data, tokenizer: Tokenizer, config: TrainConfig, say: Callable[[str], None]) -> Inputs:
+def read_inputs(
+    data: Data, tokenizer: Tokenizer, config: TrainConfig, objective: Any, say: Callable[[str], None]
+) -> Inputs:
     """Reads, tokenises and splits the data; `say` gets the report's lines. `config` must be resolved.
 
-    Raises `UserError` for data that cannot be used, or that leaves nothing to train on.
+    Raises `UserError` for data that cannot be used, that lacks what the objective needs, or that leaves
+    nothing to train on.
     """
-    examples, report = _examples(data, tokenizer, config, "data", say)
-    held_out: list[Example] = []
+    _check_keys(config, objective)
+    reader = _Reader(tokenizer, config, objective, say)
+    read = reader.imitated if objective.data == "sft" else reader.compared
+    items, report = read(data, "data")
+    held_out: list[Item] = []
     if config.eval_data is not None:
-        held_out, report["eval"] = _examples(config.eval_data, tokenizer, config, "eval data", say)
+        held_out, report["eval"] = read(config.eval_data, "eval data")
     elif config.eval_fraction:
-        examples, held_out = split(examples, config.eval_fraction, config.seed)
-        say(f"data: {len(held_out)} of {len(held_out) + len(examples)} examples are held out for evaluation")
-    source = BatchSource(
-        examples,
-        batch_size=config.batch_size or len(examples),
+        items, held_out = split(items, config.eval_fraction, config.seed)
+        say(f"data: {len(held_out)} of {len(held_out) + len(items)} examples are held out for evaluation")
+    inputs = Inputs(make_source(items, config, objective, tokenizer.pad_id), held_out, report)
+    report["batches"] = asdict(inputs.source.stats) | {
+        "held_out": len(held_out),
+        "row_lengths": list(inputs.source.lengths),
+    }
+    return inputs
+
+
+def make_source(items: Sequence[Item], config: TrainConfig, objective: Any, pad_id: int) -> BatchSource:
+    """The training batches of this process. `config` must be resolved."""
+    return BatchSource(
+        items,
+        batch_size=config.batch_size or len(items),
         accumulation=config.grad_accumulation,
         max_length=config.max_length,
         packing=config.packing,
+        group=objective.group,
+        share=_share(config),
         seed=config.seed,
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
-        pad_id=tokenizer.pad_id,
+        pad_id=pad_id,
     )
-    report["batches"] = asdict(source.stats) | {
-        "held_out": len(held_out),
-        "row_lengths": list(source.lengths),
-    }
-    return Inputs(source, held_out, report)
 
 
-def _examples(
-    data: Data, tokenizer: Tokenizer, config: TrainConfig, name: str, say: Callable[[str], None]
-) -> tuple[list[Example], dict[str, Any]]:
-    records, loaded = read_records(data, max_bad_rows=config.max_bad_rows)
-    examples, tokenized = tokenize(records, tokenizer, config.max_length, config.truncation, config.loss_on)
-    for line in (*loaded.lines(), *tokenized.lines()):
-        say(f"{name}: {line}")
-    return examples, {"rows": asdict(loaded), "tokens": asdict(tokenized)}
+def _share(config: TrainConfig) -> bool:
+    # NEFTune's noise is scaled by the length of a segment, which a shared prompt cuts in two.
+    return getattr(config, "share_prompt", False) and not config.neftune_alpha
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, each in the order of the data: a function of data, fraction and seed.
-
-    At least one example is held out. Raises `UserError` when none is left to train on.
-    """
-    count = max(1, round(fraction * len(examples)))
-    if count >= len(examples):
+def _check_keys(config: TrainConfig, objective: Any) -> None:
+    """Raises `UserError` for settings that do not go with the objective."""
+    if "whole_batch" in objective.needs and config.grad_accumulation > 1:
         raise UserError(
-            f"eval_fraction={fraction:g} of {len(examples)} examples leaves none to train on",
+            "the loss looks at all rows of an update at once, which grad_accumulation cuts into parts",
+            place="grad_accumulation",
+            remedy="set it to 1, and remat=full or more devices if memory is short",
+        )
+    if objective.data != "sft" and config.loss_on is not None:
+        raise UserError(
+            "the answers that are compared are what is learned",
+            place="loss_on",
+            remedy="leave it out; it belongs to sft",
+        )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """From the data argument to tokens; `say` gets the lines of the reports."""
+
+    tokenizer: Tokenizer
+    config: Any
+    objective: Any
+    say: Callable[[str], None]
+
+    def imitated(self, data: Data, name: str) -> tuple[list[Item], dict[str, Any]]:
+        """Examples to imitate, and the report."""
+        c = self.config
+        records, loaded = read_records(data, max_bad_rows=c.max_bad_rows)
+        examples, tokenized = tokenize(records, self.tokenizer, c.max_length, c.truncation, c.loss_on)
+        return list(examples), self._report(name, loaded, tokenized)
+
+    def compared(self, data: Data, name: str) -> tuple[list[Item], dict[str, Any]]:
+        """Groups of answers that are compared or judged, and the report."""
+        c, kind = self.config, self.objective.data
+        records, loaded = read_groups(data, kind, options=c.options, max_bad_rows=c.max_bad_rows)
+        groups, tokenized = tokenize_groups(records, self.tokenizer, c.max_length, c.truncation)
+        report = self._report(name, loaded, tokenized)
+        return list(fit_needs(groups, self.objective, name)), report
+
+    def _report(self, name: str, loaded: LoadReport, tokenized: TokenizeReport) -> dict[str, Any]:
+        for line in (*loaded.lines(), *tokenized.lines()):
+            self.say(f"{name}: {line}")
+        return {"rows": asdict(loaded), "tokens": asdict(tokenized)}
+
+
+# What a group may have beside its kind's own aux, where a loss needs it: the name, and how rows say it.
+_EXTRA = {"safe": "whether each answer is safe (`is_response_0_safe`, or `safe` in meta)"}
+
+
+def fit_needs(groups: Sequence[Group], objective: Any, name: str) -> list[Group]:
+    """The groups with the aux that the objective reads and no other.
+
+    Raises `UserError` where rows lack what it needs, where labels are of one kind only, or where the safer
+    answer of a pair is called unsafe and the other one safe.
+    """
+    wanted = [extra for extra in _EXTRA if extra in objective.needs]
+    for extra in wanted:
+        _refuse([g for g in groups if extra not in g.aux], len(groups), f"do not say {_EXTRA[extra]}", name)
+    if "margin" in objective.needs:
+        unknown = [g for g in groups if not np.isfinite(g.aux["margin"])]
+        _refuse(unknown, len(groups), "have no margin (`margin`, or two scores)", name)
+    if "safe" in wanted:
+        turned = [g for g in groups if g.aux["safe"][1] and not g.aux["safe"][0]]
+        _refuse(turned, len(groups), "prefer an unsafe answer to a safe one", name)
+    if objective.data == "binary" and len({bool(g.aux["label"]) for g in groups}) == 1:
+        raise UserError(
+            f"all {len(groups)} rows have the label {bool(groups[0].aux['label'])}",
+            place=name,
+            remedy="the method compares wanted with unwanted answers: add rows of the other label",
+        )
+    return [
+        replace(g, aux={k: v for k, v in g.aux.items() if k not in _EXTRA or k in wanted}) for g in groups
+    ]
+
+
+def _refuse(bad: Sequence[Group], total: int, what: str, name: str) -> None:
+    if bad:
+        shown = ", ".join(g.id for g in bad[:3]) + (" ..." if len(bad) > 3 else "")
+        raise UserError(
+            f"{len(bad)} of {total} rows {what}: {shown}",
+            place=name,
+            remedy="leave them out (`select`, or another file), or train by a method that does not need it",
+        )
+
+
+def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(training, held-out) items, each in the order of the data: a function of data, fraction and seed.
+
+    Groups of one family stay together, so that no held-out prompt is trained on. At least one item is held
+    out. Raises `UserError` when none is left to train on.
+    """
+    names = [item.family if isinstance(item, Group) else item.id for item in items]
+    families = list(dict.fromkeys(names))
+    count = max(1, round(fraction * len(families)))
+    if count >= len(families):
+        raise UserError(
+            f"eval_fraction={fraction:g} of {len(items)} examples leaves none to train on",
             place="eval_fraction",
             remedy="lower it, or name held-out rows with eval_data",
         )
-    picked = set(permutation(seed, HELD_OUT, len(examples))[:count].tolist())
-    train = [e for i, e in enumerate(examples) if i not in picked]
-    return train, [e for i, e in enumerate(examples) if i in picked]
+    picked = {families[i] for i in permutation(seed, HELD_OUT, len(families))[:count]}
+    train = [item for item, name in zip(items, names, strict=True) if name not in picked]
+    return train, [item for item, name in zip(items, names, strict=True) if name in picked]
 
 
-def held_out_batches(inputs: Inputs, config: TrainConfig, pad_id: int, rows: int) -> list[Batch]:
-    """The evaluation set as host batches [B_local, 1, T], `rows` rows each over all processes."""
+def held_out_batches(
+    inputs: Inputs, config: TrainConfig, objective: Any, pad_id: int, rows: int
+) -> list[Batch]:
+    """The evaluation set as host batches [B_local, G, T], `rows` rows each over all processes."""
     if not inputs.held_out:
         return []
     batches = eval_batches(
@@ -103,6 +205,8 @@ def held_out_batches(inputs: Inputs, config: TrainConfig, pad_id: int, rows: int
         batch_size=rows,
         max_length=config.max_length,
         packing=config.packing,
+        group=objective.group,
+        share=_share(config),
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
         pad_id=pad_id,
@@ -123,7 +227,7 @@ def default_batch_size(shards: int, accumulation: int, least: int = 8) -> int:
 
 def check_fit(inputs: Inputs, vocab_size: int, max_positions: int) -> None:
     """Raises `UserError` where the data has what the model has not: token ids, or positions."""
-    examples = [*inputs.source.examples, *inputs.held_out]
+    examples = [e for item in (*inputs.source.examples, *inputs.held_out) for e in members_of(item)]
     top = max(int(e.tokens.max()) for e in examples)
     if top >= vocab_size:
         raise UserError(

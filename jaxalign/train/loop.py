@@ -102,7 +102,7 @@ class _Clock:
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.window, self.steps = self.window + seconds, self.steps + 1
-        self.work = Work(self.work.tokens + work.tokens, self.work.attended + work.attended)
+        self.work = self.work + work
         return seconds
 
     def rates(self, speed: Speed, left: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES, resolve_dtype
 from jaxalign.models.export import export_hf, export_peft
 from jaxalign.models.source import resolve
+from jaxalign.registry import OBJECTIVES
 from jaxalign.sharding import make_mesh
 from jaxalign.train import feed
 from jaxalign.train.assemble import (
@@ -25,23 +26,27 @@ from jaxalign.train.assemble import (
     data_shards,
     learning_rate,
     load_weights,
+    with_head,
 )
-from jaxalign.train.checkpoint import Checkpoints, Parts, Restored
+from jaxalign.train.checkpoint import Checkpoints, Restored
 from jaxalign.train.flops import Work, work_of
 from jaxalign.train.folder import RunFolder, adopt, check_same, disk_errors, locked, versions
+from jaxalign.train.guards import Watch
 from jaxalign.train.inputs import (
     Data,
     Inputs,
     check_fit,
     default_batch_size,
     held_out_batches,
+    make_source,
     read_inputs,
     total_steps,
 )
 from jaxalign.train.loop import Loop, Outcome, Parties, Plan, Progress
 from jaxalign.train.metrics import JsonLines, Screen, Silent, Sink, TensorBoard, make_screen, read_lines
 from jaxalign.train.optim import learning_rates
-from jaxalign.train.programs import COMPILATIONS
+from jaxalign.train.precompute import with_log_probs
+from jaxalign.train.programs import COMPILATIONS, shape_of
 from jaxalign.train.settings import TrainConfig, digest, objective_for
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, ModelSource
@@ -138,7 +143,7 @@ class _Run:
         return config.model_copy(
             update={
                 "batch_size": rows,
-                "learning_rate": learning_rate(config),
+                "learning_rate": learning_rate(config, OBJECTIVES[self.method].rates),
                 "dtype": resolve_dtype(config.dtype),
             }
         )
@@ -160,16 +165,44 @@ class _Run:
         source = resolve(self.name)
         template = self.config.chat_template
         tokenizer = load_tokenizer(source, _read(template) if template else None)
-        inputs = read_inputs(self.data, tokenizer, self.config, _print)
+        objective = objective_for(self.method, self.config)
+        inputs = read_inputs(self.data, tokenizer, self.config, objective, _print)
         total = total_steps(self.config, inputs.source)
         self.folder.check_total(total)
         weights = load_weights(source, mesh, self.config)
+        if objective.kind == "reward":
+            weights = with_head(weights, mesh, self.config.seed)
         self.config = self.config.model_copy(update={"lora": weights.model.adapter})
         check_fit(inputs, weights.model.config.vocab_size, weights.model.config.max_positions)
-        machine = Machine(weights, objective_for(self.method, self.config), mesh, self.config, total, _print)
+        machine = Machine(weights, objective, mesh, self.config, total, _print)
         self.folder.begin(self.asked, self.config, total)
         self.folder.write("data_report.json", inputs.report)
+        if machine.mode == "precomputed":
+            inputs = self._precomputed(machine, inputs, tokenizer.pad_id)
         return self._with_machine(machine, inputs, source, tokenizer)
+
+    def _precomputed(self, machine: Machine, inputs: Inputs, pad_id: int) -> Inputs:
+        """The inputs with the reference's log-probs, from its file or computed and written there."""
+        if inputs.source.rotated:
+            raise UserError(
+                f"{self.method} compares each prompt with answers of other rows, drawn anew in every step",
+                place="reference.mode",
+                remedy="leave reference.mode out: precomputed needs answers that stay with their prompts",
+            )
+        c: Any = self.config
+        rows = -(-(c.batch_size or 1) // c.grad_accumulation)
+        train, held_out = inputs.source.examples, inputs.held_out
+        items = with_log_probs(
+            [*train, *held_out],
+            machine.reference(),
+            c.reference.cache or self.folder.path / "reference.npz",
+            _print,
+            rows=rows,
+            max_length=c.max_length,
+            pad_id=pad_id,
+        )
+        source = make_source(items[: len(train)], c, machine.objective, pad_id)
+        return replace(inputs, source=source, held_out=items[len(train) :])
 
     def _with_machine(
         self, machine: Machine, inputs: Inputs, source: ModelSource, tokenizer: Tokenizer
@@ -177,7 +210,7 @@ class _Run:
         checkpoints = self._checkpoints(machine, inputs)
         if checkpoints.steps():
             machine.forget_start()
-        found = checkpoints.restore(parts_of(machine.abstract_state))
+        found = checkpoints.restore(machine.parts(machine.abstract_state))
         start = found.step if found else 0
         _announce(machine, inputs, start)
         compiled: dict[str, float] = {"programs": 0, "seconds": 0.0, "late": 0}
@@ -205,9 +238,10 @@ class _Run:
         c, start = self.config, found.step if found else 0
         rows = c.eval_batch_size or (c.batch_size or 1) // c.grad_accumulation
         shards = data_shards(machine.mesh)
-        held_out = held_out_batches(inputs, c, pad_id, -(-rows // shards) * shards)
-        programs = machine.train_programs([_abstract(shape, machine.mesh) for shape in inputs.source.shapes])
-        unique = {b.tokens.shape: feed.abstract(b, machine.mesh, 0) for b in held_out}
+        held_out = held_out_batches(inputs, c, machine.objective, pad_id, -(-rows // shards) * shards)
+        expected = [feed.abstract(batch, machine.mesh) for batch in inputs.source.abstract()]
+        programs = machine.train_programs(expected)
+        unique = {shape_of(b): feed.abstract(b, machine.mesh, 0) for b in held_out}
         tests = machine.eval_programs(list(unique.values()))
         compiled: dict[str, float] = {
             "programs": len(programs.table) + len(tests.table),
@@ -218,7 +252,7 @@ class _Run:
         parties = Parties(
             step=lambda state, batch: programs(state, machine.weights.base, batch),
             make=_maker(machine, inputs),
-            parts=parts_of,
+            parts=machine.parts,
             rows=inputs.source.ids,
             rate=lambda step: float(rates[step]),
             evaluate=machine.evaluator(tests, held_out) if held_out else None,
@@ -248,36 +282,40 @@ class _Run:
         files: list[Sink] = (
             [JsonLines(path / "metrics.jsonl", start), TensorBoard(path / "tb", start)] if first else []
         )
+        watch = Watch(screen.say, self._first())
         try:
-            yield screen, [*files, screen]
+            yield screen, [*files, screen, watch]
         finally:
             for sink in (*files, screen):
                 sink.close()
 
     def _export(self, machine: Machine, state: TrainState, source: ModelSource, tokenizer: Tokenizer) -> str:
         weights, stops = machine.weights, tokenizer.stop_tokens
+        params, head = weights.split(state.params)
         if weights.full:
             dtype = DTYPES[self.config.dtype]
             target = self.folder.path / "model"
             export_hf(
                 weights.model,
-                state.params,
+                params,
                 source,
                 target,
                 stop_tokens=stops,
                 tokenizer=tokenizer.hf,
                 dtype=dtype,
+                head=head,
             )
             return target.name
         target = self.folder.path / "adapter"
         export_peft(
             weights.model,
-            state.params,
+            params,
             source,
             target,
             stop_tokens=stops,
             base_hash=weights.loaded.base_hash,
             tokenizer=tokenizer.hf,
+            head=head,
         )
         return target.name
 
@@ -285,6 +323,13 @@ class _Run:
         distributed.wait_for_all("the result is written")
         self.folder.write("result.json", {"step": step, "result": result, "metrics": self._last()})
         _print(f"finished after {step} steps; the result is in {self.folder.path / result}")
+
+    def _first(self) -> dict[str, Any]:
+        """The first value of every metric that the log holds."""
+        first: dict[str, Any] = {}
+        for row in read_lines(self.folder.path / "metrics.jsonl"):
+            first = row | first
+        return first
 
     def _last(self) -> dict[str, Any]:
         """The last value of every metric that the log holds."""
@@ -308,17 +353,9 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def parts_of(state: TrainState) -> Parts:
-    """A training state as a checkpoint holds it."""
-    return {"params": state.params, "opt": state.opt, "rest": {"step": state.step, "key": state.key}}
-
-
 def _state_of(machine: Machine, found: Restored | None) -> TrainState:
     """The state of the checkpoint, or a fresh one."""
-    if found is None:
-        return machine.new_state()
-    p = found.parts
-    return TrainState(step=p["rest"]["step"], params=p["params"], opt=p["opt"], key=p["rest"]["key"])
+    return machine.new_state() if found is None else machine.resumed(found.parts)
 
 
 def _maker(machine: Machine, inputs: Inputs) -> Callable[[int], tuple[Batch, Work]]:
@@ -330,12 +367,6 @@ def _maker(machine: Machine, inputs: Inputs) -> Callable[[int], tuple[Batch, Wor
         return feed.place(host, mesh), work_of(host, windows)
 
     return make
-
-
-def _abstract(shape: tuple[int, ...], mesh: Any) -> Batch:
-    """The placed batch of a shape [A, B_local, G, T], without data."""
-    ints, flags = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool")
-    return feed.abstract(Batch(ints, flags, ints, ints), mesh)
 
 
 def _announce(machine: Machine, inputs: Inputs, start: int) -> None:

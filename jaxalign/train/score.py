@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 
 from jaxalign.models.decoder import Model
-from jaxalign.objectives.base import Scores
-from jaxalign.objectives.logprobs import Head, token_scores
+from jaxalign.objectives.base import RIVALS, Scores
+from jaxalign.objectives.logprobs import Head, prompt_vectors, token_scores
 from jaxalign.types import Batch, Params
 
 
@@ -23,21 +26,61 @@ def score(
     spread: int = 1,
     chunk: int = 512,
 ) -> Scores:
-    """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model.
+    """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model, or members share a
+    row (`Batch.shared`): the same scores for less work.
 
     `compact`, `spread` and `chunk` are those of `Head`.
     """
-    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    hidden, _ = model.hidden(
-        adapter, base, flat(batch.tokens), flat(batch.segments), flat(batch.positions), key=key
-    )
+    hidden = hidden_states(model, adapter, base, batch, key)
     head = Head(
         chunk=chunk,
         softcap=model.config.final_softcap,
         dtype=model.numerics.compute,
         trained=train_base,
         smooth="mean_logit" in needs,
+        collision="collision" in needs,
+        rivals=RIVALS if "rivals" in needs else 0,
         compact=compact,
         spread=spread,
     )
-    return token_scores(hidden, model.unembed(base), batch, head, model.constrain)
+    kernel = model.unembed(base)
+    scores = token_scores(hidden, kernel, batch, head, model.constrain)
+    return replace(scores, prompt=prompt_vectors(kernel, batch)) if "prompt" in needs else scores
+
+
+def hidden_states(
+    model: Model, adapter: Params | None, base: Params, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """Final hidden states [B*G, T, D] of a batch [B, G, T]."""
+    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    rows = batch if batch.shared is None else batch.shared
+    hidden, _ = model.hidden(
+        adapter, base, flat(rows.tokens), flat(rows.segments), flat(rows.positions), key=key
+    )
+    if batch.shared is None:
+        return hidden
+    members = jax.vmap(lambda row, index: row[index])(hidden, batch.shared.index)
+    return members.reshape(-1, *members.shape[2:])
+
+
+def rewards(
+    model: Model,
+    adapter: Params | None,
+    base: Params,
+    head: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """One score for each answer, float32 [B, G]: `head["kernel"]` [1, D] over the final hidden state of its
+    last token, whatever padding follows."""
+    hidden = hidden_states(model, adapter, base, batch, key)
+    last = jnp.maximum((batch.segments != 0).sum(axis=-1) - 1, 0)
+    states = hidden.reshape(*batch.tokens.shape, -1)
+    states = jnp.take_along_axis(states, last[..., None, None], axis=2)[:, :, 0].astype(jnp.float32)
+    return (states * head["kernel"][0]).sum(axis=-1)
+
+
+def init_head(size: int, key: jax.Array) -> Params:
+    """The head of a reward model before training: normal, of standard deviation 1 / sqrt(D + 1)
+    (arXiv:2009.01325, appendix B.1)."""
+    return {"kernel": jax.random.normal(key, (1, size)) / jnp.sqrt(size + 1.0)}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
+from jaxalign.data.group_formats import GroupOptions
 from jaxalign.data.spans import LossOn
 from jaxalign.data.tokenize import Truncation
 from jaxalign.models.adapters import LoraConfig
 from jaxalign.registry import OBJECTIVES
 from jaxalign.sharding import MeshConfig
 from jaxalign.train.optim import OptimConfig
+from jaxalign.train.reference import REFERENCE, ReferenceConfig
 
 # Keys that a run may change when it is resumed: none of them changes a step that was already made.
 FREE_KEYS = (
@@ -95,12 +99,58 @@ class TrainConfig(OptimConfig):
     """auto goes on where the output folder's run stopped; never refuses a folder with a run in it"""
 
 
+PairPolicy = Literal["all_pairs", "adjacent", "best_vs_worst", "best_vs_random_lower", "best_vs_random_other"]
+
+
+class ComparisonConfig(TrainConfig):
+    """`TrainConfig` of methods that learn from answers that are compared or judged."""
+
+    pairs: Literal[
+        "all_pairs", "adjacent", "best_vs_worst", "best_vs_random_lower", "best_vs_random_other"
+    ] = "all_pairs"
+    """which pairs a list of scored or ranked answers gives; ties give none, but in best_vs_random_other"""
+    best_answers: int | None = Field(None, ge=2)
+    """how many of a list's best answers are taken; null takes all"""
+    threshold: float | None = None
+    """score from which an answer counts as wanted, where labels are made of scores"""
+    select: dict[str, str] = Field(default_factory=dict)
+    """keys of a row's meta with the value that they must have, such as {aspect: harmless}"""
+    share_prompt: bool = True
+    """compute the prompt that answers share once, where that saves work; the loss stays the same"""
+
+    @property
+    def options(self) -> GroupOptions:
+        """What becomes of the rows."""
+        return GroupOptions(self.pairs, self.best_answers, self.threshold, self.select, self.seed)
+
+
+class InspectConfig(ComparisonConfig):
+    """The keys of `inspect data`: those of training that say how rows are read, and as what."""
+
+    kind: Literal["sft", "pairs", "binary", "lists"] | None = None
+    """what the rows are read as; null takes what the first row is"""
+
+
 @cache
 def config_for(method: str) -> type[TrainConfig]:
-    """`TrainConfig` with the fields of the method's objective. Raises `UserError` on an unknown method."""
+    """`TrainConfig` with the fields of the method's objective, and its own defaults for those they share.
+
+    Methods that compare with a reference policy have the block `reference`. Raises `UserError` on an unknown
+    method.
+    """
     objective = OBJECTIVES[method]
     own: dict[str, Any] = {name: (info.annotation, info) for name, info in objective.model_fields.items()}
-    return create_model(f"{method}_config", __base__=TrainConfig, __doc__=objective.__doc__, **own)
+    for name, default in objective.defaults.items():
+        shared = copy(TrainConfig.model_fields[name])
+        shared.default = default
+        own[name] = (shared.annotation, shared)
+    if "ref" in objective().needs:
+        own["reference"] = (ReferenceConfig, FieldInfo(default=REFERENCE, description=_ABOUT_REFERENCE))
+    base = TrainConfig if objective.data == "sft" else ComparisonConfig
+    return create_model(f"{method}_config", __base__=base, __doc__=objective.__doc__, **own)
+
+
+_ABOUT_REFERENCE = "the policy that the loss compares with"
 
 
 def objective_for(method: str, config: TrainConfig) -> Any:

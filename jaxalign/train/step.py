@@ -14,10 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Model
-from jaxalign.objectives.base import Metrics, Objective
+from jaxalign.objectives.base import Metrics, Objective, Scores
 from jaxalign.objectives.logprobs import targets
 from jaxalign.sharding import RULES
-from jaxalign.train.score import score
+from jaxalign.train.reference import Move
+from jaxalign.train.score import rewards, score
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, Params
 
@@ -29,8 +30,12 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
     """loss(params, reference, base, batch [B, G, T], key) -> (loss sum, (weight, metrics)).
 
     `params` is the adapter over the frozen `base`, or all weights (`train_base`), and then base is unused;
-    `reference` is that of `TrainState`.
+    for a reward model {"trunk": that, "head"}. `reference` is that of `TrainState`.
     """
+
+    def weights(params: Params | None, base: Params) -> tuple[Params | None, Params]:
+        return (None, params) if train_base and params else (params, base)
+
     forward = partial(
         score,
         model,
@@ -39,18 +44,21 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
         spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
     )
 
-    def weights(params: Params | None, base: Params) -> tuple[Params | None, Params]:
-        return (None, params) if train_base and params else (params, base)
-
-    def loss(
-        params: Params, reference: Params | None, base: Params, batch: Batch, key: jax.Array | None
-    ) -> Any:
+    def token_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> Scores:
         scores = forward(*weights(params, base), batch, key=key, needs=objective.needs)
-        if "ref" in objective.needs:
-            kept = batch.aux.get("ref")
-            ref = forward(*weights(reference, base), batch).logp if kept is None else kept
-            scores = replace(scores, ref=jax.lax.stop_gradient(ref))
-        total, weight, metrics = objective(scores, batch)
+        if "ref" not in objective.needs:
+            return scores
+        kept = batch.aux.get("ref")
+        ref = forward(*weights(reference, base), batch).logp if kept is None else kept
+        return replace(scores, ref=jax.lax.stop_gradient(ref))
+
+    def answer_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> jax.Array:
+        return rewards(model, *weights(params["trunk"], base), params["head"], batch, key)
+
+    scores = {"tokens": token_scores, "reward": answer_scores}[objective.kind]
+
+    def loss(params: Params, reference: Params | None, base: Params, batch: Batch, key: Any) -> Any:
+        total, weight, metrics = objective(scores(params, reference, base, batch, key), batch)
         return total, (weight, metrics)
 
     return loss
@@ -64,11 +72,13 @@ def make_step(
     *,
     train_base: bool = False,
     out_shardings: Any = None,
+    move: Move | None = None,
 ) -> Step:
     """A jitted step over batches [A, B, G, T]: A micro-batches are scanned, and the result does not depend on
     how a step's rows are cut into micro-batches, devices or packed rows.
 
-    The state is donated; `out_shardings` (`state_shardings`) keeps it where it was. A step whose loss or
+    The state is donated; `out_shardings` (`state_shardings`) keeps it where it was; `move` is that of
+    `reference.mover`. A step whose loss or
     gradient is not finite changes nothing but the counter, and says so in the metric `nonfinite`.
     """
     loss = make_loss(model, objective, mesh, train_base)
@@ -100,7 +110,10 @@ def make_step(
             "num_targets": metrics["loss"][1],
             "nonfinite": 1 - finite.astype(jnp.int32),
         }
-        return replace(state, step=state.step + 1, params=params, opt=opt), report
+        new = replace(state, step=state.step + 1, params=params, opt=opt)
+        if move and state.reference is not None:
+            new = replace(new, reference=move(state.reference, params, new.step))
+        return new, report
 
     return step
 

@@ -11,10 +11,10 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.models.adapters import LoraConfig
+from jaxalign.objectives.sft import SFT
 from jaxalign.sharding import MeshConfig, make_mesh, tree_shardings
 from jaxalign.train import assemble, feed
 from jaxalign.train.assemble import Machine, Weights, check_batch, fits, learning_rate
-from jaxalign.train.run import parts_of
 from jaxalign.train.settings import config_for, objective_for
 from jaxalign.types import Batch
 from tests.tiny import examples, tiny_model, unpacked
@@ -75,7 +75,8 @@ def test_the_step_takes_and_gives_states_of_one_kind() -> None:
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding and a.dtype == b.dtype, state, like)
     assert all(jax.tree.leaves(same))
     assert programs.late == 0
-    assert set(parts_of(state)) == {"params", "opt", "rest"}
+    assert set(made.parts(state)) == {"params", "opt", "rest", "reference"}
+    assert made.parts(state)["reference"] is None
 
 
 def _placed(made: Machine) -> Batch:
@@ -133,7 +134,7 @@ def _filled(batch: Batch, rows: int) -> Batch:
     ("keys", "rate"), [({}, 2e-4), ({"lora": None}, 2e-5), ({"lora": None, "learning_rate": 1.0}, 1.0)]
 )
 def test_learning_rate_by_mode(keys: dict[str, Any], rate: float) -> None:
-    assert learning_rate(config_for("sft")(**keys)) == rate
+    assert learning_rate(config_for("sft")(**keys), SFT.rates) == rate
 
 
 def test_batches_that_divide_and_that_do_not() -> None:

@@ -52,8 +52,8 @@ def test_padding_and_packing_cost_what_they_hold() -> None:
     segments = np.array([1, 1, 1, 2, 2, 0], np.int32).reshape(1, 1, 1, 6)
     positions = np.array([0, 1, 2, 0, 1, 0], np.int32).reshape(1, 1, 1, 6)
     batch = Batch(segments, segments > 0, segments, positions)
-    assert work_of(batch, {0: 1}) == Work(5, 9)
-    assert work_of(batch, {0: 1, 2: 10}) == Work(5, 9 + 10 * 8)
+    assert work_of(batch, {0: 1}) == Work(5, 9, 5)
+    assert work_of(batch, {0: 1, 2: 10}) == Work(5, 9 + 10 * 8, 5)
 
 
 @pytest.mark.parametrize(

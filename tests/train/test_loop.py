@@ -178,7 +178,7 @@ def test_utilisation_is_work_over_time_and_peak(tmp_path: Path) -> None:
     Loop(PLAN, Parties(toy.programs, toy.make, parts), checkpoints, [log], speed=speed).run(toy.state, 0)
     log.close()
     row = read_lines(tmp_path / "metrics.jsonl")[-1]
-    work = Work(128, 2 * 8 * WIDTH * (WIDTH + 1) // 2)
+    work = Work(128, 2 * 8 * WIDTH * (WIDTH + 1) // 2, 128)
     assert row["mfu"] == pytest.approx(speed.flops(work) / row["step_time_sec"] / 8 / 1e6)
     assert row["tokens_per_sec"] == pytest.approx(128 / row["step_time_sec"])
     assert row["tokens_per_sec_per_device"] == pytest.approx(16 / row["step_time_sec"])

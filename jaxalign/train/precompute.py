@@ -1,0 +1,141 @@
+"""Log-probs of a reference policy, computed once before the first step and kept in a file.
+
+The file says what it was computed from: the weights, and the tokens of every answer in their order. It is
+refused where either is not the run's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import track
+
+from jaxalign import distributed
+from jaxalign.data.batching import by_length, local_rows
+from jaxalign.data.rows import Item, arrange, members_of
+from jaxalign.errors import UserError
+from jaxalign.models.decoder import Model
+from jaxalign.train.feed import place
+from jaxalign.train.score import score
+from jaxalign.types import Batch, Example, Group, Params
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The weights of a reference policy on a mesh. `identity` says which weights they are."""
+
+    model: Model
+    adapter: Params | None
+    base: Params
+    mesh: Any
+    identity: str
+
+    def log_probs(
+        self, items: Sequence[Item], *, rows: int, max_length: int, pad_id: int
+    ) -> list[np.ndarray]:
+        """float32 [T] of every answer of `items`, in their order: `rows` rows a pass, the shortest first."""
+        table = arrange(items, max_length=max_length, share=True, pad_id=pad_id)
+        found: list[list[np.ndarray]] = [[] for _ in items]
+        mine = local_rows(rows, distributed.process_index(), distributed.process_count())
+        for wanted in _shown(list(by_length(table, rows))):
+            batch = table.batch(wanted[mine], table.before(wanted)[mine], table.width(wanted))
+            for row, logp in zip(wanted.tolist(), np.asarray(self._forward(batch)), strict=True):
+                if row >= 0:
+                    members = members_of(items[row])
+                    found[row] = [x[: len(m.tokens)] for m, x in zip(members, logp, strict=False)]
+        return [logp for row in found for logp in row]
+
+    def _forward(self, batch: Batch) -> jax.Array:
+        return self._compiled(self.adapter, self.base, place(batch, self.mesh, 0))
+
+    @cached_property
+    def _compiled(self) -> Callable[..., jax.Array]:
+        """logp [B, G, T] of a whole batch, on every process."""
+        forward = partial(score, self.model, compact=self.mesh.size == 1)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(lambda *args: forward(*args).logp, out_shardings=everywhere)
+
+
+def with_log_probs(
+    items: Sequence[Item], reference: Reference, file: Path, say: Callable[[str], None], **how: Any
+) -> list[Item]:
+    """The groups with `Example.ref` on every member, from `file` or computed and written there.
+
+    `how` is that of `Reference.log_probs`. Raises `UserError` for a file of other weights or other rows.
+    """
+    asked = {"weights": reference.identity, "rows": _digest(items)}
+    if file.exists():
+        flat = _read(file, asked)
+        say(f"reference: log-probs of {len(items)} rows read from {file}")
+    else:
+        flat = np.concatenate(reference.log_probs(items, **how))
+        _write(file, asked, flat)
+        say(f"reference: log-probs of {len(items)} rows computed, kept in {file}")
+    at, out = 0, []
+    for item in items:
+        members = []
+        for member in members_of(item):
+            end = at + len(member.tokens)
+            members.append(replace(member, ref=flat[at:end]))
+            at = end
+        out.append(replace(cast(Group, item), members=tuple(members)))
+    return out
+
+
+def _shown(passes: list[np.ndarray]) -> Iterable[np.ndarray]:
+    """The passes under a progress bar, where somebody may see it."""
+    seen = distributed.is_first() and sys.stderr.isatty()
+    return track(passes, "reference", console=Console(stderr=True), transient=True, disable=not seen)
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """sha256 over token ids and masks of all answers in their order."""
+    digest = hashlib.sha256()
+
+    def add(example: Example) -> None:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+        digest.update(np.packbits(example.mask).tobytes())
+
+    for item in items:
+        for member in members_of(item):
+            add(member)
+    return digest.hexdigest()
+
+
+def _read(file: Path, asked: dict[str, str]) -> np.ndarray:
+    try:
+        with np.load(file) as saved:
+            made, flat = json.loads(str(saved["made_from"])), saved["logp"]
+    except (OSError, ValueError, KeyError) as error:
+        remedy = "delete it: it is computed again"
+        raise UserError(f"not a file of log-probs: {error}", place=str(file), remedy=remedy) from error
+    other = [name for name, value in asked.items() if made.get(name) != value]
+    if other:
+        raise UserError(
+            f"these log-probs are of other {' and '.join(other)} than the run's",
+            place=str(file),
+            remedy="delete the file, or name another one with reference.cache: they are computed again",
+        )
+    return flat
+
+
+def _write(file: Path, made_from: dict[str, str], flat: np.ndarray) -> None:
+    if not distributed.is_first():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".tmp.npz")
+    np.savez(draft, logp=flat, made_from=json.dumps(made_from))
+    os.replace(draft, file)

@@ -1,0 +1,79 @@
+"""The reference policy of losses that compare with one: where its weights are, and how they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from jaxalign.config import Config
+from jaxalign.errors import UserError
+from jaxalign.types import Params
+
+Mode = Literal["frozen", "adapter_off", "precomputed", "ema"]
+Move = Callable[[Params, Params, Any], Params]
+
+
+class ReferenceConfig(Config):
+    """What the policy is compared with: itself as it was at the start, unless it moves."""
+
+    mode: Literal["auto"] | Mode = "auto"
+    """frozen: a copy of the weights that train; adapter_off: the base without its adapter, which needs no
+    copy; precomputed: log-probs of all rows, computed before the first step and kept in `cache`; ema: a copy
+    that follows the policy (TR-DPO); auto takes adapter_off for a new adapter, else frozen"""
+    cache: Path | None = None
+    """file of precomputed log-probs, written if it is not there; null takes reference.npz in the output
+    folder"""
+    sync_every: int = Field(default=512, ge=1)
+    """updates between two moves of an ema reference"""
+    mix: float = Field(default=0.6, gt=0, le=1)
+    """share of the policy in a move, reference <- mix policy + (1 - mix) reference; 1 copies it"""
+
+
+REFERENCE = ReferenceConfig()
+
+
+def resolve_mode(config: ReferenceConfig, *, full: bool, imported: bool) -> Mode:
+    """The mode of a run. `full`: every weight trains; `imported`: the adapter had been trained before.
+
+    Raises `UserError` where the configured mode does not go with what trains.
+    """
+    if config.mode == "auto":
+        return "frozen" if full or imported else "adapter_off"
+    if config.mode == "adapter_off" and full:
+        raise UserError(
+            "there is no adapter to switch off: every weight is trained",
+            place="reference.mode",
+            remedy="set reference.mode=frozen, or train an adapter (lora)",
+        )
+    if config.mode == "ema" and not full and config.mix < 1:
+        # The mean of two products A B is not the product of the means.
+        raise UserError(
+            f"adapters cannot be mixed (reference.mix={config.mix:g}): their two factors are not linear",
+            place="reference.mix",
+            remedy="set reference.mix=1, which copies the adapter, or lora=null",
+        )
+    return config.mode
+
+
+def held(mode: Mode | None) -> bool:
+    """Whether the training state holds weights of the reference beside its own."""
+    return mode in ("frozen", "ema")
+
+
+def mover(config: ReferenceConfig, mode: Mode) -> Move | None:
+    """move(reference, params, step) after update number `step`, counted from 1 (arXiv:2404.09656, eqs. 5
+    and 6); None where the reference stays."""
+    if mode != "ema":
+        return None
+
+    def move(reference: Params, params: Params, step: Any) -> Params:
+        share = jnp.where(step % config.sync_every == 0, config.mix, 0.0)
+        # Not `old + share (new - old)`: a share of 1 must give the policy bit for bit.
+        return jax.tree.map(lambda old, new: share * new + (1 - share) * old, reference, params)
+
+    return move
