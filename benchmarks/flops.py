@@ -98,6 +98,10 @@ class Shape:
         """FLOPs a token of LoRA training needs: 4N + 3a (no gradients of frozen weights)."""
         return 4 * self.matmul + 3 * self.attention(context)
 
+    def forward(self, context: float) -> float:
+        """FLOPs a token of scoring needs, without gradients: 2N + a."""
+        return 2 * self.matmul + self.attention(context)
+
     def decode_bytes(self, batch: int, context: float, item: int) -> float:
         """Bytes one decode step must read: the weights once, each sequence's live keys and values."""
         kv = 2 * self.layers * self.kv_heads * self.head_dim * context * batch

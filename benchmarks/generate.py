@@ -14,11 +14,10 @@ from typing import Any
 from benchmarks import flops, stats, tables
 from benchmarks.machine import Guard
 from benchmarks.prompts import Prompts
-from benchmarks.protocol import Contender, Worker
+from benchmarks.protocol import OURS, Contender, Worker
 from benchmarks.rounds import column, interleave, start, warnings
 from benchmarks.session import Session, exit_code, parser
 
-OURS = "jaxalign"
 # fmt: off
 COLUMNS = [
     "batch", "precision", "threads", "contender", "tok/s", "tok/CPU-s", "ours/this", "CPU-ours/this",

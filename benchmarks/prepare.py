@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import batches, weights
+from benchmarks import pairs as pair_rows
 from benchmarks.protocol import Channel
 
 
@@ -23,11 +24,11 @@ def run(job: Mapping[str, Any], channel: Channel) -> None:
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     folder = random(out, job["random"]) if job.get("random") else real(out, Path(job["model"]))
-    if job.get("rank"):
-        weights.adapter(out / "adapter", folder, job["rank"], job["alpha"])
+    adapter = out / ("adapter-started" if job["adapter"]["start"] else "adapter")
+    weights.adapter(adapter, folder, **job["adapter"])
     tokenizer = None if job.get("random") else load_tokenizer(folder)
     source = Text(tokenizer, job.get("data"), vocabulary=config(folder)["vocab_size"])
-    channel.reply(folder=str(folder), adapter=str(out / "adapter"))
+    channel.reply(folder=str(folder), adapter=str(adapter))
     while (message := channel.receive())["op"] != "quit":
         path = out / f"{message['name']}.npz"
         ORDERS[message["kind"]](source, path, **message["how"])
@@ -99,7 +100,8 @@ class Text:
 
     def __init__(self, tokenizer: Any, data: str | None, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.rows = read(Path(data)) if tokenizer and data else []
+        self.source = read(Path(data)) if tokenizer and data else []
+        self.rows = [conversation(row) for row in self.source]
 
     def examples(self, length: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, mask) of each conversation, mask on the last answer and its stop token.
@@ -117,6 +119,17 @@ class Text:
         if not self.tokenizer:
             return self._ids(np.random.default_rng(0), count)
         return np.concatenate([tokens for tokens, _ in self.examples(0, 0)])
+
+    def pairs(self, length: int, count: int) -> list[pair_rows.Pair]:
+        """Prompt, chosen and rejected answer of every row, the stop token at the end of an answer.
+
+        Random ids: prompts and answers log-normal, median a quarter of `length`.
+        """
+        if self.tokenizer:
+            return [self._pair(row) for row in self.source]
+        rng = np.random.default_rng(0)
+        sizes = np.clip(rng.lognormal(np.log(length / 4), 0.7, (count, 3)), 4, length // 2).astype(int)
+        return [(self._ids(rng, p), self._ids(rng, c), self._ids(rng, r)) for p, c, r in sizes]
 
     def prompts(self, count: int, low: int, high: int) -> list[np.ndarray]:
         """`count` prompts of `low` to `high` tokens, generation prompt included."""
@@ -136,9 +149,30 @@ class Text:
     def _example(self, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._template(messages)
         start = len(self._template(messages[:-1], add_generation_prompt=True))
-        # What the template writes after the stop token (a line break) is neither kept nor trained.
-        end = max(np.flatnonzero(tokens == self.tokenizer.eos_token_id), default=len(tokens) - 1) + 1
-        return tokens[:end], np.arange(end) >= start
+        tokens = self._stopped(tokens)
+        return tokens, np.arange(len(tokens)) >= start
+
+    def _pair(self, row: Mapping[str, Any]) -> pair_rows.Pair:
+        """The prompt is encoded once and each answer by itself, so that both rows begin with the same ids."""
+        messages, *answers = turns(row)
+        prompt = self._text(messages, add_generation_prompt=True)
+        chosen, rejected = (self._text([*messages, answer]) for answer in answers)
+        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            raise ValueError("the chat template writes a prompt differently where an answer follows")
+        ids = [self._encode(text) for text in (prompt, chosen[len(prompt) :], rejected[len(prompt) :])]
+        return ids[0], self._stopped(ids[1]), self._stopped(ids[2])
+
+    def _text(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def _stopped(self, tokens: np.ndarray) -> np.ndarray:
+        """What the template writes after the stop token (a line break) is neither kept nor trained."""
+        return tokens[
+            : max(np.flatnonzero(tokens == self.tokenizer.eos_token_id), default=len(tokens) - 1) + 1
+        ]
 
     def _ids(self, rng: np.random.Generator, count: int) -> np.ndarray:
         return rng.integers(3, self.vocabulary, count).astype(np.int32)
@@ -147,19 +181,33 @@ class Text:
 ROLE = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def read(path: Path) -> list[list[dict[str, str]]]:
-    """Conversations of a JSON or JSONL file of ShareGPT rows (with `chosen`) or `messages` rows."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON or JSONL file: ShareGPT rows (with `chosen`) or `messages` rows."""
     text = path.read_text()
-    rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
-    return [conversation(row) for row in rows]
+    return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
 
 
 def conversation(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row as messages that end with the answer to learn."""
     if "messages" in row:
         return list(row["messages"])
-    turns = [*row["conversations"], *([row["chosen"]] if "chosen" in row else [])]
-    return [{"role": ROLE[t["from"]], "content": t["value"]} for t in turns]
+    every = [*row["conversations"], *([row["chosen"]] if "chosen" in row else [])]
+    return [message(turn) for turn in every]
+
+
+def turns(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, str], dict[str, str]]:
+    """The messages before the answers, the chosen answer and the rejected one, of a ShareGPT row.
+
+    Raises `ValueError` where it has no two answers.
+    """
+    if not {"conversations", "chosen", "rejected"} <= row.keys():
+        raise ValueError("pairs need rows with `conversations`, `chosen` and `rejected`")
+    return [message(t) for t in row["conversations"]], message(row["chosen"]), message(row["rejected"])
+
+
+def message(turn: Mapping[str, str]) -> dict[str, str]:
+    """A ShareGPT turn."""
+    return {"role": ROLE[turn["from"]], "content": turn["value"]}
 
 
 def write_fixed(text: Text, path: Path, steps: int, rows: int, length: int) -> None:
@@ -173,6 +221,18 @@ def write_mixed(text: Text, path: Path, steps: int, rows: int, length: int, seed
     batches.save(path, batches.mixed(examples, steps, rows, length, seed))
 
 
+def write_fixed_pairs(text: Text, path: Path, steps: int, pairs: int, prompt: int, answer: int) -> None:
+    """Pairs of one length cut from a stream."""
+    stream = text.stream(steps * pairs * (prompt + 2 * answer))
+    batches.save(path, pair_rows.fixed(stream, steps, pairs, prompt, answer))
+
+
+def write_real_pairs(text: Text, path: Path, steps: int, pairs: int, length: int, seed: int = 0) -> None:
+    """The data's own pairs."""
+    found = text.pairs(length, 4 * steps * pairs)
+    batches.save(path, pair_rows.real(found, steps, pairs, length, seed))
+
+
 def write_prompts(text: Text, path: Path, count: int, low: int, high: int) -> None:
     """Prompts as `tokens` [count, longest] padded on the right, and `lengths` [count]."""
     found = text.prompts(count, low, high)
@@ -180,4 +240,10 @@ def write_prompts(text: Text, path: Path, count: int, low: int, high: int) -> No
     np.savez(path, tokens=tokens.astype(np.int32), lengths=attention.sum(1))
 
 
-ORDERS = {"fixed": write_fixed, "mixed": write_mixed, "prompts": write_prompts}
+ORDERS = {
+    "fixed": write_fixed,
+    "mixed": write_mixed,
+    "fixed-pairs": write_fixed_pairs,
+    "real-pairs": write_real_pairs,
+    "prompts": write_prompts,
+}

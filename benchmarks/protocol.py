@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+OURS = "jaxalign"  # the name of our first row
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,7 +48,7 @@ class Contender:
     """One row of a table. `module` has `run(job, channel)`; `options` are merged into the job it gets.
 
     `rival` names the peer this row belongs to: the headline ratio is taken against the best row of a rival.
-    It is empty for our own row.
+    It is empty for our own rows. `against` names that of ours which does the same work as this one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contender:
     python: str
     rival: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    against: str = OURS
 
 
 class Worker:

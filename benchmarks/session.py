@@ -92,11 +92,15 @@ class Session:
         python = self.options.peer_python if peer else self.options.python
         return Worker(Contender(name, module, python), machine.cpus(threads), self.work / "logs")
 
-    def prepare(self, orders: Sequence[Mapping[str, Any]]) -> None:
-        """Writes model, adapter and token files; fills `folder`, `adapter` and, by name, `files`."""
+    def prepare(self, orders: Sequence[Mapping[str, Any]], start: float = 0.0) -> None:
+        """Writes model, adapter and token files; fills `folder`, `adapter` and, by name, `files`.
+
+        `start` is that of `weights.adapter`.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
         with self.helper("prepare", "benchmarks.prepare", peer=not self.options.random) as worker:
-            job = {"out": str(self.work), "rank": RANK, "alpha": ALPHA, "data": self.options.data}
+            adapter = {"rank": RANK, "alpha": ALPHA, "start": start}
+            job = {"out": str(self.work), "adapter": adapter, "data": self.options.data}
             model = {"random": self.options.random} if self.options.random else {"model": self._model()}
             found = worker.setup({**job, **model}, timeout=3600)
             self.folder, self.adapter = found["folder"], found["adapter"]
@@ -124,9 +128,11 @@ class Session:
         return best
 
     def chosen(self, contenders: Sequence[Contender]) -> list[Contender]:
-        """Those that `--only` asks for; our own row always."""
+        """Those that `--only` asks for; of our own rows the first, and those that they are compared with."""
         words = self.options.only
-        return [c for c in contenders if not words or not c.rival or any(w in c.name for w in words)]
+        asked = [c.name for c in contenders if not words or any(w in c.name for w in words)]
+        ours = {contenders[0].name, *(c.against for c in contenders if c.name in asked)}
+        return [c for c in contenders if c.name in (ours if not c.rival else asked)]
 
     def finish(
         self,

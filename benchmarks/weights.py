@@ -1,7 +1,8 @@
 """Weight files written with numpy alone: a random model of a given shape, and the shared LoRA adapter.
 
 Everybody reads the same adapter, so not only the first loss (B = 0 makes that equal for any A) but the whole
-loss curve can be compared.
+loss curve can be compared. Where a loss compares with the model without its adapter, B is not 0: the first
+loss would be a constant.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def random_model(folder: Path, name: str, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}, indent=1))
 
 
-def adapter(folder: Path, model: Path, rank: int, alpha: float, seed: int = 0) -> None:
-    """Writes a PEFT LoRA adapter on all seven linears of `model`: A Kaiming-uniform as in peft, B zero."""
+def adapter(folder: Path, model: Path, rank: int, alpha: float, start: float = 0.0, seed: int = 0) -> None:
+    """Writes a PEFT LoRA adapter on all seven linears of `model`: A Kaiming-uniform as in peft, B uniform on
+    +-`start`."""
     folder.mkdir(parents=True, exist_ok=True)
     s = shape(json.loads((model / "config.json").read_text()))
     linears = linear_shapes(s.width, s.inner, s.heads * s.head_dim, s.kv_heads * s.head_dim)
@@ -103,7 +105,7 @@ def adapter(folder: Path, model: Path, rank: int, alpha: float, seed: int = 0) -
 
     def data() -> Iterator[bytes]:
         for name, size in sizes.items():
-            bound = 1 / np.sqrt(size[1]) if "lora_A" in name else 0.0
+            bound = 1 / np.sqrt(size[1]) if "lora_A" in name else start
             yield (rng.uniform(-1, 1, size) * bound).astype(np.float32).tobytes()
 
     write_safetensors(folder / "adapter_model.safetensors", sizes, "F32", data())
