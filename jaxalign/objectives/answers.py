@@ -104,6 +104,10 @@ class PairLoss(Protocol):
 
 Result = tuple[jax.Array, jax.Array, Metrics]
 
+# A margin up to here is a tie, and a tie is no hit: sums of float32 log-probs cannot tell it from 0, where a
+# policy that is still its reference would show the accuracy of its rounding.
+TIE = 1e-5
+
 
 def over_pairs(objective: PairLoss, scores: Scores, batch: Batch) -> Result:
     """`Objective.__call__` of a `PairLoss`: the mean of `loss` over the pairs that are not padding."""
@@ -125,7 +129,7 @@ def reduce_pairs(
         "rewards/chosen": over(chosen),
         "rewards/rejected": over(rejected),
         "rewards/margins": over(chosen - rejected),
-        "rewards/accuracies": over((chosen > rejected).astype(jnp.float32)),
+        "rewards/accuracies": over((chosen - rejected > TIE).astype(jnp.float32)),
         "logps/chosen": over(pair.chosen.logp),
         "logps/rejected": over(pair.rejected.logp),
         "len/chosen": over(pair.chosen.length),

@@ -25,6 +25,8 @@ from jaxalign.types import Batch
 from tests.train.test_preference_run import KEYS, ROWS, write
 from tests.train.tiny import write_model
 
+# peft still asks transformers by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 TOKENS = np.random.default_rng(0).integers(0, 250, (6, 12)).astype(np.int32)
 LENGTHS = np.array([12, 7, 1, 9, 12, 3])
 
