@@ -22,6 +22,7 @@ from jaxalign.sharding import RULES
 from jaxalign.train.flops import matmul_parameters, peak_flops
 
 FLOAT32 = 4
+QUANTISED = {"nf4": 4.127, "int8": 8.0}  # bits of a number, scales included
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Job:
     rows        rows of the data in one forward pass, over all devices together
     members     answers of a row: each is a sequence of its own
     length      tokens of a sequence, padding included
+    quantise    how the frozen base's kernels are kept
     reference   what the reference policy is: one of `train.reference.Mode`, None where there is none
     optimizer   bytes of optimiser state per byte of trained parameters
     chunk       tokens a row whose logits exist at a time; on one device, tokens of all rows together
@@ -82,6 +84,7 @@ class Job:
     steps: int | None = None
     mfu: float = 0.4
     members: int = 1
+    quantise: str = "none"
     reference: str | None = None
 
     @property
@@ -169,7 +172,11 @@ def _memory(job: Job) -> Iterator[Fact]:
     trained = adapter or base
     accumulators = 1 + (job.accumulation > 1)
     if adapter:
-        yield Fact(section, "weights", base * job.compute_bytes, "bytes", "frozen base")
+        bits = QUANTISED.get(job.quantise)
+        small = _kernels_per_device(job) if bits else 0.0
+        size = (base - small) * job.compute_bytes + small * (bits or 0) / 8
+        kept = f"frozen base, {job.quantise} kernels" if bits else "frozen base"
+        yield Fact(section, "weights", size, "bytes", kept)
         yield Fact(section, "adapters", adapter * FLOAT32, "bytes", "float32")
     else:
         copy = job.compute_bytes if job.compute_bytes < FLOAT32 else 0
@@ -251,6 +258,15 @@ def _parts(axes: tuple[str | None, ...], mesh: Mapping[str, int]) -> int:
 def _per_device(shapes: Any, axes: Any, mesh: Mapping[str, int]) -> float:
     """Numbers of a tree that lie on one device."""
     return sum(math.prod(shape) / _parts(names, mesh) for shape, names in _leaves(shapes, axes))
+
+
+def _kernels_per_device(job: Job) -> float:
+    """Numbers in the layers' kernels on one device: those that may be quantised."""
+    shapes, axes = (tree["layers"] for tree in (_trees(job.model)[0][1], _trees(job.model)[1][1]))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    sizes = (math.prod(shape) / _parts(names, job.mesh) for shape, names in _leaves(shapes, axes))
+    name = lambda path: jax.tree_util.keystr(path[-1:], simple=True)  # noqa: E731
+    return sum(size for path, size in zip(paths, sizes, strict=True) if name(path) == "kernel")
 
 
 def attention_flops(config: DecoderConfig, length: int) -> float:

@@ -54,6 +54,7 @@ def plan_run(
         steps=config.max_steps,
         mfu=mfu,
         members=objective.group or MEMBERS,
+        quantise=config.quantise,
         reference=_reference(objective, config, imported=lora is not config.lora),
     )
     job = replace(job, optimizer=optimizer_share(job.model, config))
@@ -97,7 +98,12 @@ def read_config(model: str, config: TrainConfig) -> tuple[dict[str, Any], LoraCo
     if source.adapter and "lora" not in config.model_fields_set:
         raw = read_json(source.adapter / "adapter_config.json")
         targets = tuple(name.removesuffix("_proj") for name in raw["target_modules"])
-        values = {"rank": raw["r"], "alpha": raw["lora_alpha"], "targets": targets}
+        values = {
+            "rank": raw["r"],
+            "alpha": raw["lora_alpha"],
+            "targets": targets,
+            "dora": bool(raw.get("use_dora")),
+        }
         lora = LoraConfig.model_validate(values)
     return open_checkpoint(source).config, lora
 

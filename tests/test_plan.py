@@ -266,3 +266,30 @@ def test_numbers_are_shown_in_units_a_person_reads():
         ]
     }
     assert shown == {"16.1 GB", "261 TFLOPs", "258", "660 ms", "1 h 12 min", "90 s"}
+
+
+def test_a_quantised_base_is_smaller(tmp_path):
+    """NF4 with double quantisation takes 4.127 bits a number; embedding and norms stay as they are."""
+    folder, sizes = _folder(tmp_path, SMOLLM), []
+    for kind in ("none", "int8", "nf4"):
+        config = load_config(config_for("dpo"), overrides=[f"quantise={kind}"])
+        plan = plan_run("dpo", folder, None, config, on="h100")
+        sizes.append(plan.value("memory of a device", "weights"))
+    kernels = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert sizes[0] - sizes[1] == pytest.approx(kernels * (16 - 8) / 8)
+    assert sizes[0] - sizes[2] == pytest.approx(kernels * (16 - 4.127) / 8)
+
+
+def test_the_reference_is_in_the_plan(tmp_path):
+    """A frozen copy takes memory, and its forward pass time; log-probs from a file neither."""
+    folder, found = _folder(tmp_path, SMOLLM), {}
+    for mode in ("adapter_off", "frozen", "precomputed"):
+        keys = [f"reference.mode={mode}", "batch_size=8"]
+        found[mode] = plan_run("dpo", folder, None, load_config(config_for("dpo"), overrides=keys), on="h100")
+    memory = {mode: plan.value("memory of a device", "total") for mode, plan in found.items()}
+    work = {mode: plan.value("step", "work per token") for mode, plan in found.items()}
+    adapter = found["frozen"].value("parameters", "adapter")
+    assert memory["frozen"] - memory["adapter_off"] == pytest.approx(4 * adapter)
+    assert memory["adapter_off"] == memory["precomputed"]
+    assert work["frozen"] == work["adapter_off"] > 1.4 * work["precomputed"]
+    assert found["frozen"].value("step", "tokens") == 8 * 2 * 1024

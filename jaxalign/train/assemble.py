@@ -89,7 +89,7 @@ class Weights:
     def counts(self) -> tuple[int, int]:
         """(numbers that are trained, numbers in all)."""
         trained = parameter_count(self.params)
-        return trained, trained if self.full else trained + parameter_count(self.base)
+        return trained, trained if self.full else trained + parameter_count(self.model.shapes()[1])
 
 
 def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weights:
@@ -99,10 +99,23 @@ def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weight
     `load_model` does.
     """
     compute, full = DTYPES[config.dtype], config.lora is None
+    if full and config.quantise != "none":
+        raise UserError(
+            f"every weight trains, and weights in {config.quantise} cannot",
+            place="quantise",
+            remedy="leave it out, or train an adapter (lora)",
+        )
     imported = source.adapter is not None
     wanted = config.lora if not imported or "lora" in config.model_fields_set else None
     param_dtype = jnp.float32 if full else compute
-    loaded = load_model(source, mesh, adapter=wanted, param_dtype=param_dtype, compute_dtype=compute)
+    loaded = load_model(
+        source,
+        mesh,
+        adapter=wanted,
+        param_dtype=param_dtype,
+        compute_dtype=compute,
+        quantise=config.quantise,
+    )
     model = replace(loaded.model, neftune_alpha=config.neftune_alpha)
     (adapter_shapes, shapes), (adapter_axes, axes) = model.shapes(), model.axes()
     if full:

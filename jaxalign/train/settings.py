@@ -16,6 +16,7 @@ from jaxalign.data.group_formats import GroupOptions
 from jaxalign.data.spans import LossOn
 from jaxalign.data.tokenize import Truncation
 from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.quant import Quantise
 from jaxalign.registry import OBJECTIVES
 from jaxalign.sharding import MeshConfig
 from jaxalign.train.optim import OptimConfig
@@ -70,6 +71,8 @@ class TrainConfig(OptimConfig):
 
     lora: LoraConfig | None = Field(default_factory=LoraConfig)
     """low-rank adapters on a frozen base; null trains every weight"""
+    quantise: Quantise = "none"
+    """the frozen base's kernels in 4 bits (nf4, QLoRA) or 8 (int8): less memory, slower steps"""
     mesh: MeshConfig = MeshConfig()
     """how the devices share the work"""
     dtype: Literal["auto", "bf16", "f32"] = "auto"

@@ -178,6 +178,15 @@ def test_log_probs_of_other_weights_or_rows_are_refused(here: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keys", [["quantise=nf4"], ["quantise=int8"], ["lora.dora=true"]], ids=" ".join)
+def test_other_kinds_of_adapters_and_bases_learn(here: Path, tmp_path: Path, keys: list[str]) -> None:
+    result = run(here, tmp_path / "out", "dpo", *keys)
+    rows = [row for row in read_lines(result.folder / "metrics.jsonl") if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.02
+
+
+@pytest.mark.slow
 def test_a_reward_model_trains_on_from_its_head(here: Path, tmp_path: Path) -> None:
     keys = ["max_steps=6", "learning_rate=3e-2"]
     first = run(here, tmp_path / "first", "reward", *keys)
@@ -200,6 +209,7 @@ def test_a_reward_model_trains_on_from_its_head(here: Path, tmp_path: Path) -> N
         ("dpo", ["loss_on=all"], None, "the answers that are compared are what is learned"),
         ("dpo", ["packing=true"], None, "packing puts several rows into one"),
         ("dpo", ["lora=null", "reference.mode=adapter_off"], None, "no adapter to switch off"),
+        ("dpo", ["lora=null", "quantise=nf4"], None, "weights in nf4 cannot"),
         ("dpo", ["max_bad_rows=0"], [pair(i) for i in range(20)] + [pair(1, margin=-1)], "negative margin"),
         ("dpo", ["max_bad_rows=0"], [{**pair(1), "rejected": "sun"}, {**pair(2), "rejected": ""}], "empty"),
     ],
