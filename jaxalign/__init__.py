@@ -18,14 +18,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxalign.api import chat, export, generate, inspect_data, inspect_model, plan, pull, train
+    from jaxalign.api import chat, evaluate, export, generate, inspect_data, inspect_model, plan, pull, train
     from jaxalign.errors import UserError
 
-_CALLS = ("chat", "export", "generate", "inspect_data", "inspect_model", "plan", "pull", "train")
+_CALLS = ("chat", "evaluate", "export", "generate", "inspect_data", "inspect_model", "plan", "pull", "train")
 
 __all__ = [
     "UserError",
     "chat",
+    "evaluate",
     "export",
     "generate",
     "inspect_data",

@@ -174,6 +174,26 @@ def chat(
     work(model, load_config(generate_settings(), config, overrides, keys))
 
 
+# ----------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    method: str,
+    model: str,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    config: Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    **keys: Any,
+) -> dict[str, Any]:
+    """Judges `model` on `data` into the folder `out`, by the evaluation of that registry name; the report."""
+    from jaxalign.registry import EVALUATIONS
+
+    kind = EVALUATIONS[method]
+    return kind.run(model, data, Path(out), load_config(kind.config, config, overrides, keys))
+
+
 # ----------------------------------------------------------------------------------------- everything else
 
 

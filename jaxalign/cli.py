@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxalign.errors import UserError, nearest
-from jaxalign.registry import OBJECTIVES
+from jaxalign.registry import EVALUATIONS, OBJECTIVES, Registry
 
 START, WORK, LOOK = "Start here", "Train, use and hand over", "Look before you run"
 
@@ -28,6 +28,7 @@ _ABOUT = "\n\n".join(
         "[bold]jaxalign chat -m out[/]",
         "[bold]jaxalign generate -m out -d prompts.jsonl -o answers.jsonl[/]",
         "[bold]jaxalign export -m out -o merged --format hf[/]",
+        "[bold]jaxalign train dpo -m out -d pairs.jsonl -o out2[/] goes on with preferences.",
         "MODEL is a built-in name (smollm2-135m-instruct), a hub id, a folder of safetensors, a .gguf or "
         "the folder of an earlier run. Settings are [bold]key=value[/], with the same keys in YAML files "
         "([bold]-c[/]) and in Python; [bold]jaxalign train sft --help[/] lists them.",
@@ -207,6 +208,35 @@ def chat(
     api.chat(config=files, overrides=overrides, **_needed(model=("-m", model)))
 
 
+@verb(WORK, **WITH_KEYS)
+def evaluate(
+    ctx: typer.Context,
+    args: MethodAndKeys = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    config: FileOption = None,
+    help_: HelpOption = False,
+) -> None:
+    """Judge a model on data: METHOD reward scores pairs with a reward model. Ends with a report.
+
+    `jaxalign evaluate METHOD --help` lists the keys of a method.
+    """
+    method, files, overrides = _sort(args, config)
+    if help_:
+        _help(ctx, method and _evaluate_rows(method), EVALUATIONS)
+        return
+    if method is None:
+        raise UserError("no evaluation is named", remedy=f"name one of: {', '.join(EVALUATIONS)}")
+    from jaxalign import api
+
+    needed = _needed(model=("-m", model), data=("-d", data), out=("-o", out))
+    report = api.evaluate(method, config=files, overrides=overrides, **needed)
+    for line in EVALUATIONS[method].lines(report):
+        print(line)
+    print(f"report: {needed['out'] / 'report.html'}")
+
+
 @verb(WORK)
 def export(
     model: Annotated[str, typer.Option("-m", "--model", metavar="RUN", help="A run, or any model.")],
@@ -350,6 +380,12 @@ def _train_rows(method: str) -> Any:
     return describe(config_for(method))
 
 
+def _evaluate_rows(method: str) -> Any:
+    from jaxalign.config import describe
+
+    return describe(EVALUATIONS[method].config)
+
+
 def _generate_rows() -> Any:
     from jaxalign.api import generate_settings
     from jaxalign.config import describe
@@ -357,7 +393,7 @@ def _generate_rows() -> Any:
     return describe(generate_settings())
 
 
-def _help(ctx: typer.Context, rows: Any) -> None:
+def _help(ctx: typer.Context, rows: Any, methods: Registry = OBJECTIVES) -> None:
     """The command's page; below it the keys, or the methods where none was named."""
     from jaxalign.terminal import show_keys
 
@@ -365,7 +401,8 @@ def _help(ctx: typer.Context, rows: Any) -> None:
     if rows:
         show_keys(rows)
     else:
-        print(f"METHOD is one of: {', '.join(OBJECTIVES)}. Their keys: jaxalign train METHOD --help\n")
+        verb = "train" if methods is OBJECTIVES else "evaluate"
+        print(f"METHOD is one of: {', '.join(methods)}. Their keys: jaxalign {verb} METHOD --help\n")
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

@@ -27,7 +27,8 @@ from typing import Any
 
 from jaxalign.errors import UserError
 from jaxalign.evals.checkers import LABELS, RULES, check_card, names_fact
-from jaxalign.evals.report import p_value, percent, points, write_report
+from jaxalign.evals.page import p_value, percent, points
+from jaxalign.evals.report import write_report
 from jaxalign.evals.stats import paired_difference, rate_interval
 
 ASSETS = Path(__file__).parent / "assets" / "quickstart"

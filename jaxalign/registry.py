@@ -104,6 +104,8 @@ OBJECTIVES = Registry(
     },
 )
 
+EVALUATIONS = Registry("evaluation", {"reward": "jaxalign.evals.reward:EVALUATION"})
+
 OPTIMIZERS = Registry(
     "optimizer",
     {name: f"jaxalign.train.optim:{name}" for name in ("adamw", "adafactor", "lion", "sgd")},

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from jaxalign import api, cli
 from jaxalign.config import load_config
+from jaxalign.evals.reward import ScoredPair, summarise
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,11 +85,13 @@ def calls(monkeypatch, tmp_path) -> list[str]:
                 keys = {k: v for k, v in kwargs.items() if k not in about}
                 load_config(settings(), kwargs.get("config", ()), kwargs.get("overrides", ()), keys)
             reached.append(name)
-            return {} if name == "inspect_model" else Nothing()
+            known = {"inspect_model": {}, "evaluate": summarise([ScoredPair("x", (1.0, 0.0), (3, 4))])}
+            return known.get(name, Nothing())
 
         return call
 
-    for name in ("start", "plan_of", "generate", "chat", "export", "pull", "inspect_data", "inspect_model"):
+    names = "start plan_of generate chat evaluate export pull inspect_data inspect_model"
+    for name in names.split():
         monkeypatch.setattr(api, name, stand_in(name))
     monkeypatch.setattr("jaxalign.quickstart.quickstart", stand_in("quickstart"))
     monkeypatch.setattr("jaxalign.doctor.examine", lambda: reached.append("doctor") or [])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.evals.charts import Chart, Series, line_chart
+from jaxalign.evals.page import environment, write_files
 
-TEMPLATES = Path(__file__).parent / "templates"
 STATUSES = {"fixed": "fixed", "broke": "broke", "failing": "still failing", "kept": "passed both"}
 _STATUS = {(False, True): "fixed", (True, False): "broke", (False, False): "failing", (True, True): "kept"}
 
@@ -39,25 +37,14 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
     Rate and Paired are `to_json()` of the classes in `jaxalign.evals.stats`. The page loads nothing: its
     style, script and charts are in it, and every text is escaped.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(folder / "report.html", render(data))
-    return folder / "report.html"
+    page = render(data)
+    return write_files(Path(folder), data, page)
 
 
 def render(data: Mapping[str, Any]) -> str:
     """The page as text; `data` as in `write_report`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters.update(percent=percent, points=points, p_value=p_value, clock=clock, labelled=labelled)
+    env = environment()
+    env.filters.update(labelled=labelled)
     items = [_item(item) for item in data["items"]]
     counts = Counter(item["status"] for item in items)
     return env.get_template("report.html").render(
@@ -121,31 +108,6 @@ def _joined(edits: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
                 yield tag, text
 
 
-def percent(value: float | None) -> str:
-    """A share as `86.7 %`, and `not measured` for None."""
-    return "not measured" if value is None else f"{100 * value:.1f} %"
-
-
-def points(value: float | None) -> str:
-    """A difference of shares in percentage points, signed: `+86.7`."""
-    return "not measured" if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def p_value(value: float | None) -> str:
-    """`p = 0.031`, or `p < 0.0001`."""
-    if value is None:
-        return "p not defined"
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
-
-
-def clock(seconds: float) -> str:
-    """`8.3 s` under a minute, else `4 min 05 s`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s"
-
-
 def labelled(text: str, labels: Sequence[str]) -> list[tuple[str, str]]:
     """The lines of `text` as (label, rest): the label and its colon where the line opens with one."""
     lines = []
@@ -167,10 +129,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write in one piece: a reader sees the old file or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

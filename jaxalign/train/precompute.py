@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,17 +18,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.progress import track
 
 from jaxalign import distributed
-from jaxalign.data.batching import by_length, local_rows
-from jaxalign.data.rows import Item, arrange, members_of
+from jaxalign.data.rows import Item, members_of
 from jaxalign.errors import UserError
 from jaxalign.models.decoder import Model
-from jaxalign.train.feed import place
+from jaxalign.train.passes import each_item
 from jaxalign.train.score import score
-from jaxalign.types import Batch, Example, Group, Params
+from jaxalign.types import Example, Group, Params
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,14 @@ class Reference:
         self, items: Sequence[Item], *, rows: int, max_length: int, pad_id: int
     ) -> list[np.ndarray]:
         """float32 [T] of every answer of `items`, in their order: `rows` rows a pass, the shortest first."""
-        table = arrange(items, max_length=max_length, share=True, pad_id=pad_id)
-        found: list[list[np.ndarray]] = [[] for _ in items]
-        mine = local_rows(rows, distributed.process_index(), distributed.process_count())
-        for wanted in _shown(list(by_length(table, rows))):
-            batch = table.batch(wanted[mine], table.before(wanted)[mine], table.width(wanted))
-            for row, logp in zip(wanted.tolist(), np.asarray(self._forward(batch)), strict=True):
-                if row >= 0:
-                    members = members_of(items[row])
-                    found[row] = [x[: len(m.tokens)] for m, x in zip(members, logp, strict=False)]
-        return [logp for row in found for logp in row]
-
-    def _forward(self, batch: Batch) -> jax.Array:
-        return self._compiled(self.adapter, self.base, place(batch, self.mesh, 0))
+        forward = partial(self._compiled, self.adapter, self.base)
+        how = {"rows": rows, "max_length": max_length, "pad_id": pad_id, "what": "reference"}
+        found = each_item(items, forward, mesh=self.mesh, **how)
+        out: list[np.ndarray] = []
+        for item, logp in zip(items, found, strict=True):
+            members = members_of(item)
+            out += [x[: len(m.tokens)] for m, x in zip(members, logp[: len(members)], strict=True)]
+        return out
 
     @cached_property
     def _compiled(self) -> Callable[..., jax.Array]:
@@ -92,12 +83,6 @@ def with_log_probs(
             at = end
         out.append(replace(cast(Group, item), members=tuple(members)))
     return out
-
-
-def _shown(passes: list[np.ndarray]) -> Iterable[np.ndarray]:
-    """The passes under a progress bar, where somebody may see it."""
-    seen = distributed.is_first() and sys.stderr.isatty()
-    return track(passes, "reference", console=Console(stderr=True), transient=True, disable=not seen)
 
 
 def _digest(items: Sequence[Item]) -> str:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxalign.evals.report import clock, labelled, p_value, percent, points, render, word_diff, write_report
+from jaxalign.evals.page import clock, p_value, percent, points
+from jaxalign.evals.report import labelled, render, word_diff, write_report
 from tests.evals.sample import CASES, sample
 
 VOID = {"meta", "link"}

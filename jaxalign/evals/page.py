@@ -1,0 +1,67 @@
+"""Self-contained HTML pages beside their data as JSON: they load nothing, and escape every text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(folder: Path, template: str, data: Mapping[str, Any], **more: Any) -> Path:
+    """`write_files` of `data` and the page that `template` makes of it and of `more`."""
+    return write_files(folder, data, environment().get_template(template).render({**data, **more}))
+
+
+def write_files(folder: Path, data: Mapping[str, Any], page: str) -> Path:
+    """Write `report.json` and `report.html` into `folder`; the path of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, content in (("report.json", text), ("report.html", page)):
+        draft = folder / f"{name}.tmp"
+        draft.write_text(content, encoding="utf-8")
+        os.replace(draft, folder / name)  # a reader sees the old file or the new one
+    return folder / "report.html"
+
+
+def environment() -> Any:
+    """The jinja2 environment of all pages; a name that is missing is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(percent=percent, points=points, p_value=p_value, clock=clock)
+    return env
+
+
+def percent(value: float | None) -> str:
+    """A share as `86.7 %`, and `not measured` for None."""
+    return "not measured" if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, signed: `+86.7`."""
+    return "not measured" if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def p_value(value: float | None) -> str:
+    """`p = 0.031`, or `p < 0.0001`."""
+    if value is None:
+        return "p not defined"
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def clock(seconds: float) -> str:
+    """`8.3 s` under a minute, else `4 min 05 s`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s"
