@@ -28,16 +28,20 @@ KINDS = {"fixed": "fixed-pairs", "real": "real-pairs"}
 # The rounding of bfloat16 alone moves a pair's log-ratio by half a nat: beta keeps that within the tolerance.
 START, BETA = 0.1, 0.05
 LEARNING_RATE = 5e-5
-PRECOMPUTED = {"precomputed": True}
+PRECOMPUTED, APART = {"precomputed": True}, {"apart": True}
 
 
 def contenders(options: Any, precision: str) -> list[Contender]:
-    """Two rows of ours, the reference in the step and computed before it, each against TRL doing the same."""
+    """Two rows of ours, the reference in the step and computed before it, each against TRL doing the same.
+
+    A third computes the prompt of a pair for each answer anew, as TRL does.
+    """
     python, peer, trl = options.python, options.peer_python, "benchmarks.trl_dpo"
     before = f"{OURS} precomputed"
     rows = [
         Contender(OURS, "benchmarks.jax_dpo", python),
         Contender(before, "benchmarks.jax_dpo", python, options=PRECOMPUTED, against=before),
+        Contender(f"{OURS}, prompts twice", "benchmarks.jax_dpo", python, options=APART),
     ]
     for suffix, how in STYLES[precision].items():
         rows.append(Contender(f"TRL{suffix}", trl, peer, "TRL", how))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from benchmarks import batches, jax_loop
+from benchmarks import batches, jax_common, jax_loop
 from benchmarks.protocol import Channel
-from jaxalign.data.batching import bucket_lengths
-from jaxalign.train.assemble import Weights, data_shards
-from jaxalign.train.feed import place
-from jaxalign.train.score import score
+from jaxalign.data.rows import Item, arrange
+from jaxalign.train.assemble import Weights
+from jaxalign.train.precompute import Reference, with_log_probs
 from jaxalign.train.settings import TrainConfig, config_for
-from jaxalign.types import Batch
+from jaxalign.types import Batch, Example, Group
 
 
 def run(job: Mapping[str, Any], channel: Channel) -> None:
@@ -25,13 +24,14 @@ def run(job: Mapping[str, Any], channel: Channel) -> None:
 
 
 def make(job: Mapping[str, Any], mesh: Any) -> jax_loop.Loop:
-    """Weights and the loop; with `job["precomputed"]` the reference's log-probs of every step before it."""
+    """Weights and the loop; with `job["precomputed"]` the reference's log-probs of every pair before it."""
     steps = batches.load(job["batches"])
     settings = config(job, steps)
     weights = jax_loop.load(job, mesh, settings)
-    host = hosts(steps)
+    items: Sequence[Item] = groups(steps)
     if job.get("precomputed"):
-        host = with_reference(host, len(steps.tokens), weights, mesh)
+        items = with_reference(items, weights, mesh, settings)
+    host = hosts(items, len(steps.tokens), share=not job.get("apart"))
     return jax_loop.Loop("dpo", settings, weights, mesh, steps, host)
 
 
@@ -51,39 +51,37 @@ def config(job: Mapping[str, Any], steps: batches.Steps) -> TrainConfig:
     )
 
 
-def hosts(steps: batches.Steps) -> Callable[[int], Batch]:
-    """The batch of a step, numpy leaves [A=1, B, G=2, T]: chosen before rejected, T as `BatchSource` has it,
-    the smallest of a few lengths that takes the step's longest row."""
-    widths = bucket_lengths(steps.tokens.shape[-1])
+def groups(steps: batches.Steps) -> list[Group]:
+    """The pairs of all steps in their order, chosen before rejected."""
+
+    def member(index: int, row: int) -> Example:
+        real = steps.segments[index, row] > 0
+        return Example(f"{index}.{row}", steps.tokens[index, row][real], steps.mask[index, row][real])
+
+    count, rows, _ = steps.tokens.shape
+    every = [(index, row) for index in range(count) for row in range(0, rows, 2)]
+    return [Group(f"{i}.{row}", (member(i, row), member(i, row + 1))) for i, row in every]
+
+
+def hosts(items: Sequence[Item], count: int, *, share: bool) -> Callable[[int], Batch]:
+    """The batch of each of `count` steps, as `BatchSource` lays its rows out: leaves [A=1, B, G=2, T], the
+    length the smallest of a few that takes the step's longest row. `share`: the prompt of a pair once."""
+    longest = max(len(m.tokens) for item in items if isinstance(item, Group) for m in item.members)
+    rows = arrange(items, max_length=longest, group=2, share=share)
+    size = len(items) // count
 
     def host(index: int) -> Batch:
-        at = index % len(steps.tokens)
-        longest = int((steps.segments[at] > 0).sum(axis=-1).max())
-        width = next(w for w in widths if w >= longest)
-        leaves = (steps.tokens, steps.mask, steps.segments, steps.positions)
-        return Batch(*(fit(leaf[at], width).reshape(1, -1, 2, width) for leaf in leaves))
+        wanted = (np.arange(size) + size * (index % count))[None]
+        return rows.batch(wanted, rows.before(wanted), rows.width(wanted))
 
     return host
 
 
-def fit(rows: np.ndarray, width: int) -> np.ndarray:
-    """Rows [R, T] with padding (zeros) on the right added or left out: [R, width]."""
-    return np.pad(rows[:, :width], ((0, 0), (0, max(0, width - rows.shape[1]))))
-
-
 def with_reference(
-    host: Callable[[int], Batch], count: int, weights: Weights, mesh: Any
-) -> Callable[[int], Batch]:
-    """`host` with aux "ref" float32 [A=1, B, G, T], computed here for all `count` steps."""
-
-    @jax.jit
-    def reference(base: Any, batch: Batch) -> jax.Array:
-        how = {"compact": mesh.size == 1, "spread": data_shards(mesh)}
-        return score(weights.model, None, base, batch, **how).logp
-
-    def forward(batch: Batch) -> np.ndarray:
-        first = jax.tree.map(lambda x: x[0], batch)
-        return np.asarray(reference(weights.base, place(first, mesh, 0)))[None]
-
-    found = [forward(host(index)) for index in range(count)]
-    return lambda index: replace(host(index), aux={"ref": found[index % count]})
+    items: Sequence[Item], weights: Weights, mesh: Any, settings: TrainConfig
+) -> Sequence[Item]:
+    """The pairs with the log-probs of the model without its adapter."""
+    reference = Reference(weights.model, None, weights.base, mesh, "the base")
+    how = {"rows": settings.batch_size, "max_length": settings.max_length, "pad_id": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        return with_log_probs(items, reference, Path(folder) / "reference.npz", jax_common.say, **how)

@@ -128,11 +128,11 @@ class Session:
         return best
 
     def chosen(self, contenders: Sequence[Contender]) -> list[Contender]:
-        """Those that `--only` asks for; of our own rows the first, and those that they are compared with."""
+        """All, or those that `--only` asks for, with the first of our rows and what they are compared with."""
         words = self.options.only
-        asked = [c.name for c in contenders if not words or any(w in c.name for w in words)]
-        ours = {contenders[0].name, *(c.against for c in contenders if c.name in asked)}
-        return [c for c in contenders if c.name in (ours if not c.rival else asked)]
+        asked = [c for c in contenders if not words or any(w in c.name for w in words)]
+        names = {contenders[0].name, *(c.name for c in asked), *(c.against for c in asked)}
+        return [c for c in contenders if c.name in names]
 
     def finish(
         self,

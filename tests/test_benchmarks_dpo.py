@@ -69,10 +69,11 @@ def test_real_pairs_are_whole_and_drawn_once():
         pairs.real(given, steps=100, pairs=4, length=14, seed=3)
 
 
-def test_our_batch_has_chosen_before_rejected_in_few_widths():
+@pytest.mark.parametrize("share", [False, True])
+def test_our_batch_has_chosen_before_rejected_in_few_widths(share):
     given = some(np.random.default_rng(2), 8, longest=90)
     steps = pairs.lay_out(given, steps=2)
-    host = jax_dpo.hosts(steps)
+    host = jax_dpo.hosts(jax_dpo.groups(steps), 2, share=share)
     for index in (0, 1, 2):  # steps start over
         batch = host(index)
         part = given[4 * (index % 2) : 4 * (index % 2) + 4]
@@ -80,6 +81,7 @@ def test_our_batch_has_chosen_before_rejected_in_few_widths():
         assert batch.tokens.shape == (1, 4, 2, width)
         assert max(map(pairs.longest, part)) <= width
         assert width % 64 == 0
+        assert (batch.shared is not None) == share
         for b, (prompt, *answers) in enumerate(part):
             for g, answer in enumerate(answers):
                 row = (0, b, g)
