@@ -128,7 +128,7 @@ class Session:
         return best
 
     def chosen(self, contenders: Sequence[Contender]) -> list[Contender]:
-        """All, or those that `--only` asks for, with the first of our rows and what they are compared with."""
+        """All, or those that `--only` asks for, with our first row and those they are compared with."""
         words = self.options.only
         asked = [c for c in contenders if not words or any(w in c.name for w in words)]
         names = {contenders[0].name, *(c.name for c in asked), *(c.against for c in asked)}
