@@ -225,8 +225,10 @@ def _problems(job: Job) -> Iterator[str]:
     split = job.mesh["data"] * job.mesh["fsdp"]
     if job.rows % split:
         yield f"batch_size {job.rows} does not divide over mesh.data x mesh.fsdp = {split} devices"
-    if job.length > job.model.config.max_positions:
-        yield f"max_length {job.length} is over the model's {job.model.config.max_positions} positions"
+    virtual = _virtual(job.model)
+    if job.length + virtual > job.model.config.max_positions:
+        more = f" behind {virtual} virtual tokens" if virtual else ""
+        yield f"max_length {job.length}{more} is over the model's {job.model.config.max_positions} positions"
     seen = set()
     for shapes, axes in zip(*_trees(job.model), strict=True):
         for shape, names in _leaves(shapes, axes):
@@ -269,25 +271,33 @@ def _kernels_per_device(job: Job) -> float:
     return sum(size for path, size in zip(paths, sizes, strict=True) if name(path) == "kernel")
 
 
-def attention_flops(config: DecoderConfig, length: int) -> float:
-    """a: FLOPs a token of the scores and the weighted sums of a causal forward pass, windows counted."""
+def _virtual(model: Model) -> int:
+    return model.adapter.virtual if model.adapter else 0
+
+
+def attention_flops(config: DecoderConfig, length: int, virtual: int = 0) -> float:
+    """a: FLOPs a token of the scores and the weighted sums of a causal forward pass, windows counted. Every
+    token sees all `virtual` ones."""
 
     def context(window: int) -> float:  # keys that a token sees on average
         near = min(window or length, length)
         return near - near * near / (2 * length)
 
-    keys = sum(context(config.kinds[kind][1]) for kind in config.layer_kinds)
+    keys = sum(context(config.kinds[kind][1]) + virtual for kind in config.layer_kinds)
     return 4 * config.num_heads * config.head_dim * keys
 
 
 def flops_per_token(model: Model, length: int) -> float:
-    """FLOPs a token of a training step: 4 N + 3 a with adapters, 6 N + 3 a without, more under remat."""
+    """FLOPs a token of a training step: 4 N + 3 a with adapters, 6 N + 3 a without, more under remat, and the
+    products of an adapter's own kernels. Virtual tokens have none: they are seen in a."""
     adapter, base = _trees(model)[0]
     repeats = {"none": (0, 0), "dots": (0, 1), "full": (2, 1)}  # remat: extra passes of (N, a)
     n_again, a_again = repeats[model.remat]
     passes = (4 if adapter else 6) + n_again
-    own = (6 + n_again) * parameter_count(adapter)
-    return passes * matmul_parameters(base) + own + (3 + a_again) * attention_flops(model.config, length)
+    virtual = _virtual(model)
+    own = 0 if virtual else (6 + n_again) * parameter_count(adapter)
+    attention = attention_flops(model.config, length, virtual)
+    return passes * matmul_parameters(base) + own + (3 + a_again) * attention
 
 
 def forward_flops(model: Model, length: int) -> float:
@@ -331,7 +341,7 @@ def _logits(job: Job) -> float:
 
 
 def _attention_scratch(job: Job) -> float:
-    """Float32 scores of one block of queries and their gradient."""
-    heads = job.model.config.num_heads / job.mesh["tensor"]
-    scores = heads * job.length / len(block_ends(job.length))
+    """Float32 scores of one block of queries and their gradient. Virtual tokens leave it at one block."""
+    heads, virtual = job.model.config.num_heads / job.mesh["tensor"], _virtual(job.model)
+    scores = heads * (job.length + virtual) / (1 if virtual else len(block_ends(job.length)))
     return 2 * FLOAT32 * scores * _tokens_per_device(job)

@@ -9,20 +9,21 @@ from typing import Any
 import jax
 
 from jaxalign.errors import UserError
-from jaxalign.models.adapters import LoraConfig
 from jaxalign.models.base import resolve_dtype
-from jaxalign.models.decoder import Model
+from jaxalign.models.decoder import Adapter, Model
 from jaxalign.models.load import open_checkpoint
+from jaxalign.models.peft import open_adapter
 from jaxalign.models.source import resolve
 from jaxalign.models.store import read_json
 from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import mesh_sizes
-from jaxalign.train.assemble import HEADROOM, remat_policies
+from jaxalign.train.assemble import HEADROOM, check_foldable, remat_policies
 from jaxalign.train.inputs import default_batch_size, read_inputs, total_steps
 from jaxalign.train.optim import make_optimizer, make_schedule
 from jaxalign.train.reference import resolve_mode
 from jaxalign.train.settings import TrainConfig, objective_for
+from jaxalign.train.stages import renewed
 
 BYTES = {"bf16": 2, "f32": 4}
 MEMBERS = 4  # answers of a list, where there is no data to count them in
@@ -41,10 +42,11 @@ def plan_run(
     shards = mesh["data"] * mesh["fsdp"]
     rows = config.batch_size or default_batch_size(shards, config.grad_accumulation)
     config = config.model_copy(update={"batch_size": rows, "dtype": dtype})
-    raw, lora = read_config(model, config)
+    raw, adapter, imported = read_config(model, config)
+    config = config.with_adapter(adapter)
     objective = objective_for(method, config)
     job = Job(
-        Model(FAMILIES[raw.get("model_type", "")].from_hf(raw), lora),
+        Model(FAMILIES[raw.get("model_type", "")].from_hf(raw), adapter),
         mesh,
         machine,
         rows=max(1, rows // config.grad_accumulation),
@@ -55,7 +57,7 @@ def plan_run(
         mfu=mfu,
         members=objective.group or MEMBERS,
         quantise=config.quantise,
-        reference=_reference(objective, config, imported=lora is not config.lora),
+        reference=_reference(objective, config, imported),
     )
     job = replace(job, optimizer=optimizer_share(job.model, config))
     return make_plan(_with_remat(_with_data(job, model, data, config, objective), config.remat))
@@ -64,7 +66,9 @@ def plan_run(
 def _reference(objective: Any, config: Any, imported: bool) -> str | None:
     if "ref" not in objective.needs:
         return None
-    return resolve_mode(config.reference, full=config.lora is None, imported=imported)
+    adapter: Adapter | None = config.adapter
+    kind = {"full": adapter is None, "imported": imported, "mixes": adapter is not None and adapter.mixes}
+    return resolve_mode(config.reference, renewed=renewed(config), **kind)
 
 
 def this_machine() -> Machine:
@@ -82,30 +86,30 @@ def _host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def read_config(model: str, config: TrainConfig) -> tuple[dict[str, Any], LoraConfig | None]:
-    """The model's config.json as a dict, and the adapter that the run trains.
+def read_config(model: str, config: TrainConfig) -> tuple[dict[str, Any], Adapter | None, bool]:
+    """The model's config.json as a dict, the adapter that the run trains, and whether the model brings it.
 
     Takes what `-m` takes, and a config.json or a folder with nothing else; of a hub model only that file is
     fetched. Raises `UserError`.
     """
-    path = Path(model).expanduser()
+    path, asked = Path(model).expanduser(), (config.adapter, False)
     if path.suffix == ".json" or (path / "config.json").exists():
-        return _text(read_json(path if path.suffix == ".json" else path / "config.json")), config.lora
+        return _text(read_json(path if path.suffix == ".json" else path / "config.json")), *asked
     if not path.exists() and model.count("/") == 1:
-        return _text(read_json(_hub_config(model))), config.lora
+        return _text(read_json(_hub_config(model))), *asked
     source = resolve(model)
-    lora = config.lora
-    if source.adapter and "lora" not in config.model_fields_set:
-        raw = read_json(source.adapter / "adapter_config.json")
-        targets = tuple(name.removesuffix("_proj") for name in raw["target_modules"])
-        values = {
-            "rank": raw["r"],
-            "alpha": raw["lora_alpha"],
-            "targets": targets,
-            "dora": bool(raw.get("use_dora")),
-        }
-        lora = LoraConfig.model_validate(values)
-    return open_checkpoint(source).config, lora
+    checkpoint = open_checkpoint(source)
+    names = checkpoint.family.names(checkpoint.decoder())
+    imported = open_adapter(source.adapter, names)
+    if imported is None:
+        return checkpoint.config, *asked
+    if not config.names_adapter:
+        return checkpoint.config, imported.config, True
+    if config.adapter is None:
+        check_foldable(imported.config)
+    else:
+        imported.check_against(config.adapter)
+    return checkpoint.config, config.adapter, True
 
 
 def _hub_config(model: str) -> Path:

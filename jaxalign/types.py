@@ -57,13 +57,14 @@ class Batch:
 class Example:
     """One tokenised row: `tokens` int32 [T], `mask` bool [T] True on the tokens that are trained.
 
-    ref  float32 [T], log-probs of the targets under a reference policy, where they were computed before
+    aux  float32 [T] by name: what was worked out before for each token, such as `ref`, the log-probs of the
+         targets under a reference policy
     """
 
     id: str
     tokens: np.ndarray
     mask: np.ndarray
-    ref: np.ndarray | None = None
+    aux: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ class Group:
 
     aux     what a loss needs besides, by name: numbers, or arrays with one for each member
     family  groups of one family are never split into training and evaluation
+    place   `file:line`, for messages to the user
     """
 
     id: str
     members: tuple[Example, ...]
     aux: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Rig:
     objective: Any = SFT()
     seed: int = 0
     reference: ReferenceConfig | None = None  # a copy of what trains, which moves if the mode is ema
+    begins: tuple[int, ...] | None = None  # those of `mover`
 
     def devices(self) -> Mesh:
         """The mesh itself."""
@@ -54,21 +55,22 @@ class Rig:
 
     def weights(self) -> tuple[Params, Params]:
         """(adapter, base) on the host, the same for every mesh."""
-        adapter, base = self.model.shapes()
+        adapter, base = _layout(self.model)[1]
         return random_tree(adapter, 1), random_tree(base, 0)
 
     def start(self) -> tuple[Any, TrainState, Params]:
         """The mesh's jitted step, the state before it, and the frozen base, placed."""
         mesh = self.devices()
         model = replace(self.model, constrain=constrainer(mesh))
-        shardings = [tree_shardings(mesh, a, s) for a, s in zip(model.axes(), model.shapes(), strict=True)]
+        shardings = [tree_shardings(mesh, a, s) for a, s in zip(*_layout(self.model), strict=True)]
         placed = jax.device_put(self.weights(), tuple(shardings))
         trained, rest = (placed[1], {}) if self.full else placed
         lies = shardings[1] if self.full else shardings[0]
         copy = self.reference is not None
         state = init_state(trained, self.optimizer, lies, mesh, self.seed, copy)
         out = state_shardings(trained, self.optimizer, lies, mesh, copy)
-        move = mover(self.reference, "ema") if self.reference and self.reference.mode == "ema" else None
+        moves = self.reference is not None and self.reference.mode == "ema"
+        move = mover(self.reference, "ema", self.begins) if self.reference and moves else None
         step = make_step(
             model,
             self.objective,
@@ -100,6 +102,12 @@ class Rig:
         """What trains, as it was before the first step."""
         adapter, base = self.weights()
         return base if self.full else adapter
+
+
+@cache
+def _layout(model: Model) -> tuple[Any, Any]:
+    """(axes, shapes) of a model, which it traces anew each time."""
+    return model.axes(), model.shapes()
 
 
 def program(rig: Rig, shape: tuple[int, ...]) -> Any:

@@ -241,9 +241,9 @@ def test_plan_counts_the_rows_of_real_data(tmp_path, monkeypatch):
 
 
 def test_the_config_of_a_multimodal_model_is_that_of_its_language_model(tmp_path):
-    raw, lora = read_config(_folder(tmp_path, {"model_type": "llava", "text_config": SMOLLM}), settings())
+    raw, *rest = read_config(_folder(tmp_path, {"model_type": "llava", "text_config": SMOLLM}), settings())
     assert raw == SMOLLM
-    assert lora == LoraConfig()
+    assert rest == [LoraConfig(), False]
 
 
 def test_a_hub_model_that_cannot_be_reached_is_a_user_error():
@@ -283,13 +283,15 @@ def test_a_quantised_base_is_smaller(tmp_path):
 def test_the_reference_is_in_the_plan(tmp_path):
     """A frozen copy takes memory, and its forward pass time; log-probs from a file neither."""
     folder, found = _folder(tmp_path, SMOLLM), {}
-    for mode in ("adapter_off", "frozen", "precomputed"):
-        keys = [f"reference.mode={mode}", "batch_size=8"]
+    asked = {mode: f"reference.mode={mode}" for mode in ("adapter_off", "frozen", "precomputed")}
+    for mode, key in (asked | {"staged": "stages.count=2"}).items():
+        keys = [key, "batch_size=8"]
         found[mode] = plan_run("dpo", folder, None, load_config(config_for("dpo"), overrides=keys), on="h100")
     memory = {mode: plan.value("memory of a device", "total") for mode, plan in found.items()}
     work = {mode: plan.value("step", "work per token") for mode, plan in found.items()}
     adapter = found["frozen"].value("parameters", "adapter")
     assert memory["frozen"] - memory["adapter_off"] == pytest.approx(4 * adapter)
     assert memory["adapter_off"] == memory["precomputed"]
+    assert memory["frozen"] == memory["staged"]
     assert work["frozen"] == work["adapter_off"] > 1.4 * work["precomputed"]
     assert found["frozen"].value("step", "tokens") == 8 * 2 * 1024

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from jaxalign.data.order import Order, Shuffled, permutation
 from jaxalign.data.packing import bucket_lengths, round_up
 from jaxalign.data.rows import PADDING, Item, Rows, arrange, members_of
 from jaxalign.errors import UserError
@@ -32,23 +32,14 @@ class BatchStats:
     longest: int
 
 
-def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of `size` rows in one epoch: a function of its arguments on every machine and numpy release.
-
-    It ranks raw Philox words, which numpy guarantees; `Generator.permutation` may change between releases.
-    """
-    words = np.random.Philox(key=np.asarray([seed % 2**64, epoch], np.uint64)).random_raw(size)
-    return np.argsort(words, kind="stable")
-
-
 class BatchSource:
     """Training batches: `batch(step)` gives numpy leaves [A, B_local, G, T].
 
     `batch_size` rows make one update: A = `accumulation` micro-batches of B rows over all processes. Process
     p of n holds rows p*B/n to (p+1)*B/n of every micro-batch, so all together hold what one process would.
-    Rows run through epoch after epoch, each in its own order; a step may span two epochs, so that no step is
-    smaller. `packing` puts several examples into a row; otherwise a row is one example, and a step's T is the
-    smallest of `buckets` that takes its longest row (the same on every process).
+    `order` says which rows a step takes; None runs through all of them (`Shuffled`). `packing` puts several
+    examples into a row; otherwise a row is one example, and a step's T is the smallest of `buckets` that
+    takes its longest row (the same on every process).
 
     Of groups a row is one group, G its answers; shorter groups are filled up with answers that hold nothing.
     `group` is the G wanted; None or 0: that of the longest group. 2 over groups of one answer: member 1 is
@@ -75,6 +66,7 @@ class BatchSource:
         process_count: int = 1,
         buckets: Sequence[int] | None = None,
         pad_id: int = 0,
+        order: Order | None = None,
     ) -> None:
         _check_sizes(batch_size, accumulation, process_count, process_index)
         self._rows = arrange(
@@ -89,6 +81,7 @@ class BatchSource:
         if self._rows.rotated and batch_size < 2:
             cause = "a row is compared with the answer of another one, and batch_size=1 holds no other"
             raise UserError(cause, place="batch_size", remedy="set it to 2 or more; 16 is a good start")
+        self.order = order or Shuffled(np.arange(len(self.rows)), batch_size, seed)
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
         self._local = local_rows(batch_size // accumulation, process_index, process_count)
         self._settings = {
@@ -97,7 +90,6 @@ class BatchSource:
             "max_length": max_length,
             "seed": seed,
         }
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     @property
     def examples(self) -> list[Any]:
@@ -146,7 +138,7 @@ class BatchSource:
 
     def steps(self, epochs: float) -> int:
         """Updates that make `epochs` passes over the rows, the last one rounded up; at least 1."""
-        return max(1, math.ceil(epochs * len(self.rows) / self.batch_size - 1e-9))
+        return self.order.steps(epochs)
 
     @property
     def stats(self) -> BatchStats:
@@ -168,7 +160,7 @@ class BatchSource:
     @property
     def fingerprint(self) -> str:
         """sha256 over token ids, masks and what decides the order, so not accumulation or processes."""
-        digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self._settings | self.order.identity, sort_keys=True).encode())
         for item in self.examples:
             if isinstance(item, Group):
                 digest.update(len(item.members).to_bytes(8, "little"))
@@ -182,17 +174,7 @@ class BatchSource:
 
     def row_indices(self, step: int) -> np.ndarray:
         """Indices into `rows` of one update, [A, B] over all processes."""
-        flat = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = np.divmod(flat, len(self.rows))
-        picked = [self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(picked).reshape(self.accumulation, -1)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        known, order = self._order  # a cache, not a state: any step may be asked for, from any thread
-        if known != epoch:
-            order = permutation(self.seed, epoch, len(self.rows))
-            self._order = (epoch, order)
-        return order
+        return self.order.at(step).reshape(self.accumulation, -1)
 
     def batch(self, step: int) -> Batch:
         """The micro-batches of one update on this process."""

@@ -41,6 +41,11 @@ def _best_vs_worst(scores: Sequence[float], rng: np.random.Generator) -> Places:
     return iter([(0, len(scores) - 1)])
 
 
+def _best_vs_rest(scores: Sequence[float], rng: np.random.Generator) -> Places:
+    """The best answer against every other one, the worst first (Curry-DPO, arXiv:2403.07230)."""
+    return ((0, i) for i in range(len(scores) - 1, 0, -1))
+
+
 def _best_vs_random_lower(scores: Sequence[float], rng: np.random.Generator) -> Places:
     """Zephyr's rule without its ties (arXiv:2310.16944)."""
     lower = [i for i, score in enumerate(scores) if score < scores[0]]
@@ -56,6 +61,7 @@ POLICIES: dict[str, Policy] = {
     "all_pairs": _strict(_all_pairs),
     "adjacent": _strict(_adjacent),
     "best_vs_worst": _strict(_best_vs_worst),
+    "best_vs_rest": _strict(_best_vs_rest),
     "best_vs_random_lower": _best_vs_random_lower,
     "best_vs_random_other": _best_vs_random_other,
 }

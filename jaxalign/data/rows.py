@@ -101,9 +101,9 @@ class Rows:
             for name, blank in self.blank_aux.items()
         }
         shape = (*wanted.shape, self.group)
-        if self.has_ref:
-            refs = [_padded_ref(part, self.members_in or width) for part in parts]
-            aux["ref"] = np.stack(refs).reshape(*shape, -1)
+        for name in self.token_aux:
+            values = [_padded(part, name, self.members_in or width) for part in parts]
+            aux[name] = np.stack(values).reshape(*shape, -1)
         if self.members_in is None:
             return stack(parts, width, self.pad_id, shape, aux)
         alone = [[member[0] for member in members if member] for members in groups]
@@ -112,9 +112,9 @@ class Rows:
         return replace(stack(parts, self.members_in, self.pad_id, shape, aux), shared=shared)
 
     @property
-    def has_ref(self) -> bool:
-        """Whether the log-probs of a reference policy came with the answers."""
-        return all(m.ref is not None for m in members_of(self.items[0]))
+    def token_aux(self) -> tuple[str, ...]:
+        """Names of what came with every token of the answers."""
+        return tuple(members_of(self.items[0])[0].aux)
 
     @property
     def blank_aux(self) -> dict[str, np.ndarray]:
@@ -146,10 +146,10 @@ class Rows:
 
         def batch(width: int) -> Batch:
             size = (self.group, self.members_in or width)
-            ref = {"ref": shaped(size, np.float32)} if self.has_ref else {}
+            each = {name: shaped(size, np.float32) for name in self.token_aux}
             row = shaped((width,), np.int32)
             shared = Shared(row, row, row, shaped(size, np.int32)) if self.members_in else None
-            return Batch(*(shaped(size, kind) for kind in kinds), aux=aux | ref, shared=shared)
+            return Batch(*(shaped(size, kind) for kind in kinds), aux=aux | each, shared=shared)
 
         return [batch(width) for width in self.widths]
 
@@ -227,12 +227,11 @@ def _check_longest(items: Sequence[Item], lengths: np.ndarray, max_length: int) 
         raise UserError(cause, remedy="tokenize with the same max_length")
 
 
-def _padded_ref(members: Sequence[Example], length: int) -> np.ndarray:
-    """float32 [length]; 0 behind the end."""
+def _padded(members: Sequence[Example], name: str, length: int) -> np.ndarray:
+    """float32 [length]: what the tokens have of that name; 0 behind the end."""
     out = np.zeros(length, np.float32)
     for member in members:
-        if member.ref is not None:
-            out[: len(member.ref)] = member.ref
+        out[: len(member.tokens)] = member.aux[name]
     return out
 
 

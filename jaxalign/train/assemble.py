@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES
-from jaxalign.models.decoder import Model, parameter_count
+from jaxalign.models.decoder import Adapter, Model, parameter_count
 from jaxalign.models.hashing import content_hash
 from jaxalign.models.load import Loaded, load_model
 from jaxalign.sharding import RULES, tree_shardings
@@ -29,6 +29,7 @@ from jaxalign.train.programs import Programs
 from jaxalign.train.reference import REFERENCE, Mode, Move, ReferenceConfig, held, mover, resolve_mode
 from jaxalign.train.score import init_head
 from jaxalign.train.settings import TrainConfig
+from jaxalign.train.stages import renewed
 from jaxalign.train.state import TrainState, init_state, state_shardings
 from jaxalign.train.step import make_eval, make_step
 from jaxalign.types import Batch, ModelSource, Params
@@ -82,8 +83,11 @@ class Weights:
     imported: bool = False
 
     def split(self, params: Params) -> tuple[Params, Params | None]:
-        """(adapter or all weights, head of a reward model or None) of `params` in their form."""
-        return (params["trunk"], params["head"]) if "trunk" in params else (params, None)
+        """(adapter or all weights, head of a reward model or None) of `params` in their form. A critic is no
+        part of what is kept."""
+        if "trunk" not in params:
+            return params, None
+        return params["trunk"], None if "critic" in params else params["head"]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -95,10 +99,10 @@ class Weights:
 def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weights:
     """Base and adapter on the mesh, ready to train. `config` must be resolved.
 
-    An imported adapter is trained on, or folded into the base where `lora` is null. Raises `UserError` as
-    `load_model` does.
+    An imported adapter is trained on, or folded into the base where every weight trains. Raises `UserError`
+    as `load_model` does, and for an adapter that cannot be folded.
     """
-    compute, full = DTYPES[config.dtype], config.lora is None
+    compute, full = DTYPES[config.dtype], config.adapter is None
     if full and config.quantise != "none":
         raise UserError(
             f"every weight trains, and weights in {config.quantise} cannot",
@@ -106,7 +110,7 @@ def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weight
             remedy="leave it out, or train an adapter (lora)",
         )
     imported = source.adapter is not None
-    wanted = config.lora if not imported or "lora" in config.model_fields_set else None
+    wanted = config.adapter if not imported or config.names_adapter else None
     param_dtype = jnp.float32 if full else compute
     loaded = load_model(
         source,
@@ -140,21 +144,59 @@ def with_head(weights: Weights, mesh: Mesh, seed: int) -> Weights:
     return replace(weights, params={"trunk": weights.params, "head": head}, shardings=lies)
 
 
+def check_foldable(adapter: Adapter) -> None:
+    """Raises `UserError` where every weight is to train over an adapter that cannot be folded into them."""
+    if not adapter.foldable:
+        raise UserError(
+            f"every weight is to train, and the {adapter.key} that the model comes with cannot be folded "
+            "into them",
+            place="lora",
+            remedy="leave lora=null out to train it on, or start from its base",
+        )
+
+
+def with_critic(weights: Weights, mesh: Mesh, seed: int) -> Weights:
+    """The weights of an actor and its critic: policy and critic are two adapters over one base, and values
+    begin at 0. Raises `UserError` where every weight trains."""
+    if weights.full or weights.model.adapter is None:
+        raise UserError(
+            "policy, critic and reference share one frozen base here, and every weight trains",
+            place="lora",
+            remedy="train an adapter (leave lora=null out), or a method without a critic: grpo, rloo",
+        )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    make = jax.jit(weights.model.init_adapter, out_shardings=weights.shardings)
+    base = weights.base if weights.model.adapter.needs_base else None
+    critic = make(jax.random.key(seed + 1), base)
+    head = {"kernel": jnp.zeros((1, weights.model.config.hidden_size), device=everywhere)}
+    params = {"trunk": weights.params, "critic": critic, "head": head}
+    lies = {"trunk": weights.shardings, "critic": weights.shardings, "head": {"kernel": everywhere}}
+    return replace(weights, params=params, shardings=lies)
+
+
+# What a loss of some kind trains beside the model, by that kind.
+HEADS: dict[str, Callable[[Weights, Mesh, int], Weights]] = {"reward": with_head, "actor_critic": with_critic}
+
+
 def _merged(model: Model, loaded: Loaded, shardings: Params) -> Params:
+    if model.adapter is not None:
+        check_foldable(model.adapter)
     merge = jax.jit(model.merge, out_shardings=shardings, donate_argnums=1)
     return merge(loaded.adapter, loaded.base)
 
 
 def learning_rate(config: TrainConfig, rates: tuple[float, float]) -> float:
-    """The peak learning rate: the configured one, or the method's usual one, `rates` (full, adapter)."""
+    """The peak learning rate: the configured one, or the method's usual one, `rates` (full, LoRA), times what
+    the kind of adapter asks for."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return rates[config.lora is not None]
+    return rates[0] if config.adapter is None else rates[1] * config.adapter.rate
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that runs on the devices. `say` is told about compilations."""
+    """Everything that runs on the devices. `say` is told about compilations; `begins`: the numbers of updates
+    after which another stage of the data begins."""
 
     weights: Weights
     objective: Any
@@ -162,6 +204,7 @@ class Machine:
     config: TrainConfig
     total: int
     say: Callable[[str], None]
+    begins: tuple[int, ...] = ()
 
     @cached_property
     def schedule(self) -> Callable[[Any], Any]:
@@ -179,12 +222,15 @@ class Machine:
         if "ref" not in self.objective.needs:
             return None
         asked: ReferenceConfig = getattr(self.config, "reference", REFERENCE)
-        return resolve_mode(asked, full=self.weights.full, imported=self.weights.imported)
+        w, adapter = self.weights, self.weights.model.adapter
+        kind = {"full": w.full, "imported": w.imported, "mixes": adapter is not None and adapter.mixes}
+        return resolve_mode(asked, renewed=renewed(self.config), **kind)
 
     def reference(self) -> Reference:
         """The reference policy of precomputed log-probs: what the run starts from."""
         w, source = self.weights, self.weights.loaded.source
-        adapter, base = (None, w.params) if w.full else (w.params if w.imported else None, w.base)
+        start, _ = w.split(w.params)
+        adapter, base = (None, start) if w.full else (start if w.imported else None, w.base)
         files = sorted(source.adapter.glob("adapter_*")) if source.adapter else []
         identity = content_hash(files) if files else ""
         return Reference(
@@ -257,7 +303,9 @@ class Machine:
 
     @property
     def _move(self) -> Move | None:
-        return mover(self.config.reference, self.mode) if self.mode else None  # type: ignore[attr-defined]
+        config: Any = self.config
+        begins = self.begins if renewed(config) else None
+        return mover(config.reference, self.mode, begins) if self.mode else None
 
     def _prepared(self, programs: Programs, state: TrainState, batches: list[Batch]) -> bool:
         """Compiles for the largest batch; whether it fits."""

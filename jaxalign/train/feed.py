@@ -96,3 +96,20 @@ class Feed:
                 self._ready.put(Fed(step, *self._make(step)))
         except BaseException as error:  # handed to the reader, whatever it is
             self._ready.put(error)
+
+
+class Direct:
+    """`Feed` without a thread: a batch is made when it is asked for, by what the steps before it left."""
+
+    def __init__(self, make: Callable[[int], tuple[Batch, Work]], first: int, last: int) -> None:
+        self._make, self._steps = make, range(first, last)
+
+    def __enter__(self) -> Direct:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing runs."""
+
+    def __iter__(self) -> Iterator[Fed]:
+        for step in self._steps:
+            yield Fed(step, *self._make(step))

@@ -25,6 +25,7 @@ from typing import IO, Any
 from jaxalign import distributed
 from jaxalign.config import dump_config
 from jaxalign.errors import UserError
+from jaxalign.registry import ADAPTERS
 from jaxalign.train.settings import TrainConfig, differences
 from jaxalign.yaml_layers import inline
 
@@ -76,14 +77,16 @@ class RunFolder:
         self.write("versions.json", versions() | {"seed": config.seed})
         self.write("run.json", {**asked, "total": total, "config": config.model_dump(mode="json")})
 
-    def check_total(self, total: int) -> None:
-        """Raises `UserError` when the run was planned for more than `total` steps, as its schedule was."""
+    def check_total(self, total: int, staged: bool = False) -> None:
+        """Raises `UserError` when the run was planned for more than `total` steps, as its schedule was; in
+        stages (`staged`) for any other number, as where they end was."""
         recorded = self.read("run.json")
-        if recorded and total < recorded["total"]:
+        if recorded and (total < recorded["total"] or (staged and total != recorded["total"])):
+            least = "as they were: stages end where they end" if staged else "no lower than before"
             raise UserError(
                 f"the run in this folder was planned for {recorded['total']} steps, now there are {total}",
                 place=str(self.path),
-                remedy="set max_steps (or epochs) no lower than before, or choose another output folder",
+                remedy=f"set max_steps (or epochs) {least}, or choose another output folder",
             )
 
     def finished(self, total: int) -> dict[str, Any] | None:
@@ -99,7 +102,7 @@ def adopt(config: TrainConfig, recorded: Mapping[str, Any] | None) -> TrainConfi
     before = type(config).model_validate(recorded["config"])
     open_keys = [name for name in ("batch_size", "learning_rate") if getattr(config, name) is None]
     open_keys += ["dtype"] if config.dtype == "auto" else []
-    open_keys += ["lora"] if "lora" not in config.model_fields_set else []
+    open_keys += [] if config.names_adapter else list(ADAPTERS)
     return config.model_copy(update={name: getattr(before, name) for name in open_keys})
 
 

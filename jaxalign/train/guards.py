@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,13 +11,15 @@ Guard = Callable[[int, Values, Values], str | None]
 
 PATIENCE = 30  # updates before a reward that does not move is remarked on
 STILL = 1e-3  # margin of the implicit rewards that counts as none
+NOISY = ("length_correlation",)  # looked at on average over the last updates
 FALL = 0.1  # share of its first value by which the log-prob of chosen answers may fall
 
 
 def stuck(step: int, first: Values, now: Values) -> str | None:
-    """The policy is still its reference: every loss over z = 0 stays where it began, DPO's at ln 2."""
+    """The policy is still its reference: every loss over z = 0 stays where it began, DPO's at ln 2. Only in
+    the first stage: the others may begin with the policy as their reference."""
     margin = now.get("rewards/margins")
-    if margin is None or step < PATIENCE or abs(margin) >= STILL:
+    if margin is None or step < PATIENCE or abs(margin) >= STILL or now.get("stage", 1) > 1:
         return None
     if abs(now.get("rewards/chosen", 0.0)) >= STILL:
         return None
@@ -43,8 +46,11 @@ def displaced(step: int, first: Values, now: Values) -> str | None:
 
 
 def lengths(step: int, first: Values, now: Values) -> str | None:
-    """Rewards that rank answers as their lengths do."""
-    correlation = now.get("eval_length_correlation", now.get("length_correlation"))
+    """Rewards that rank answers as their lengths do. A few rows of training say little: that value is one of
+    `Watch.smoothed`."""
+    correlation = now.get("eval_length_correlation")
+    if correlation is None and step >= PATIENCE:
+        correlation = now.get("length_correlation")
     if correlation is None or abs(correlation) <= 0.5:
         return None
     return (
@@ -60,21 +66,37 @@ GUARDS: tuple[Guard, ...] = (stuck, displaced, lengths)
 class Watch:
     """A sink that shows every logged line to `GUARDS`; each of them is heard once.
 
-    `first` holds the first value of every metric of the run: what later ones are compared with.
+    `first` holds the first value of every metric of the run, or of its stage: what later ones are compared
+    with. Another stage has other rows. `smoothed` holds means of noisy metrics over the last `PATIENCE`
+    updates or so.
     """
 
     say: Callable[[str], None]
     first: dict[str, float] = field(default_factory=dict)
     heard: set[Guard] = field(default_factory=set)
+    smoothed: dict[str, float] = field(default_factory=dict)
+    last: int = 0
 
     def write(self, step: int, values: Values) -> None:
         """Takes the metrics of one log line."""
+        if "stage" in values and values["stage"] != self.first.get("stage"):
+            self.first = {}
         self.first = {**values, **self.first}
+        values = {**values, **self._smooth(step, values)}
         for guard in GUARDS:
             remark = None if guard in self.heard else guard(step, self.first, values)
             if remark:
                 self.heard.add(guard)
                 self.say(f"warning: {remark}")
+
+    def _smooth(self, step: int, values: Values) -> Values:
+        """The noisy metrics of a line at their means."""
+        found = {name: values[name] for name in NOISY if name in values}
+        keep = math.exp(-(step - self.last) / PATIENCE)
+        for name, value in found.items():
+            self.smoothed[name] = value + keep * (self.smoothed.get(name, value) - value)
+        self.last = step if found else self.last
+        return {name: self.smoothed[name] for name in found}
 
     def close(self) -> None:
         """Nothing is open."""

@@ -17,7 +17,9 @@ from jaxalign.data.readers import LoadReport, read_groups, read_records
 from jaxalign.data.rows import Item, members_of
 from jaxalign.data.tokenize import TokenizeReport, tokenize, tokenize_groups
 from jaxalign.errors import UserError
+from jaxalign.train import needs
 from jaxalign.train.settings import TrainConfig
+from jaxalign.train.stages import check_stages, make_order
 from jaxalign.types import Batch, Group
 
 Data = str | Path | Sequence[str | Path]
@@ -38,6 +40,10 @@ class Inputs:
         """What makes this data this data: a checkpoint of other data is refused, with what differs."""
         stats = self.source.stats
         return {"fingerprint": self.source.fingerprint, "examples": stats.examples, "tokens": stats.tokens}
+
+    def with_source(self, source: BatchSource) -> Inputs:
+        """The same rows in another order."""
+        return replace(self, source=source, report=self.report | {"stages": source.order.report()})
 
 
 def read_inputs(
@@ -62,12 +68,15 @@ def read_inputs(
     report["batches"] = asdict(inputs.source.stats) | {
         "held_out": len(held_out),
         "row_lengths": list(inputs.source.lengths),
+        "one_sided_steps": needs.one_sided(inputs.source, objective, say),
     }
-    return inputs
+    return inputs.with_source(inputs.source)
 
 
-def make_source(items: Sequence[Item], config: TrainConfig, objective: Any, pad_id: int) -> BatchSource:
-    """The training batches of this process. `config` must be resolved."""
+def make_source(
+    items: Sequence[Item], config: TrainConfig, objective: Any, pad_id: int, gaps: np.ndarray | None = None
+) -> BatchSource:
+    """The training batches of this process. `config` must be resolved; `gaps` are those of `make_order`."""
     return BatchSource(
         items,
         batch_size=config.batch_size or len(items),
@@ -80,6 +89,7 @@ def make_source(items: Sequence[Item], config: TrainConfig, objective: Any, pad_
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
         pad_id=pad_id,
+        order=make_order(items, config, gaps),
     )
 
 
@@ -90,12 +100,8 @@ def _share(config: TrainConfig) -> bool:
 
 def _check_keys(config: TrainConfig, objective: Any) -> None:
     """Raises `UserError` for settings that do not go with the objective."""
-    if "whole_batch" in objective.needs and config.grad_accumulation > 1:
-        raise UserError(
-            "the loss looks at all rows of an update at once, which grad_accumulation cuts into parts",
-            place="grad_accumulation",
-            remedy="set it to 1, and remat=full or more devices if memory is short",
-        )
+    check_stages(config, objective)
+    needs.check_batches(config, objective)
     if objective.data != "sft" and config.loss_on is not None:
         raise UserError(
             "the answers that are compared are what is learned",
@@ -126,52 +132,15 @@ class _Reader:
         records, loaded = read_groups(data, kind, options=c.options, max_bad_rows=c.max_bad_rows)
         groups, tokenized = tokenize_groups(records, self.tokenizer, c.max_length, c.truncation)
         report = self._report(name, loaded, tokenized)
-        return list(fit_needs(groups, self.objective, name)), report
+        kept, faults = needs.fit_needs(groups, self.objective, name, c.max_bad_rows)
+        for line in needs.lines(faults, len(groups)):
+            self.say(f"{name}: {line}")
+        return list(kept), report | {"needs": faults}
 
     def _report(self, name: str, loaded: LoadReport, tokenized: TokenizeReport) -> dict[str, Any]:
         for line in (*loaded.lines(), *tokenized.lines()):
             self.say(f"{name}: {line}")
         return {"rows": asdict(loaded), "tokens": asdict(tokenized)}
-
-
-# What a group may have beside its kind's own aux, where a loss needs it: the name, and how rows say it.
-_EXTRA = {"safe": "whether each answer is safe (`is_response_0_safe`, or `safe` in meta)"}
-
-
-def fit_needs(groups: Sequence[Group], objective: Any, name: str) -> list[Group]:
-    """The groups with the aux that the objective reads and no other.
-
-    Raises `UserError` where rows lack what it needs, where labels are of one kind only, or where the safer
-    answer of a pair is called unsafe and the other one safe.
-    """
-    wanted = [extra for extra in _EXTRA if extra in objective.needs]
-    for extra in wanted:
-        _refuse([g for g in groups if extra not in g.aux], len(groups), f"do not say {_EXTRA[extra]}", name)
-    if "margin" in objective.needs:
-        unknown = [g for g in groups if not np.isfinite(g.aux["margin"])]
-        _refuse(unknown, len(groups), "have no margin (`margin`, or two scores)", name)
-    if "safe" in wanted:
-        turned = [g for g in groups if g.aux["safe"][1] and not g.aux["safe"][0]]
-        _refuse(turned, len(groups), "prefer an unsafe answer to a safe one", name)
-    if objective.data == "binary" and len({bool(g.aux["label"]) for g in groups}) == 1:
-        raise UserError(
-            f"all {len(groups)} rows have the label {bool(groups[0].aux['label'])}",
-            place=name,
-            remedy="the method compares wanted with unwanted answers: add rows of the other label",
-        )
-    return [
-        replace(g, aux={k: v for k, v in g.aux.items() if k not in _EXTRA or k in wanted}) for g in groups
-    ]
-
-
-def _refuse(bad: Sequence[Group], total: int, what: str, name: str) -> None:
-    if bad:
-        shown = ", ".join(g.id for g in bad[:3]) + (" ..." if len(bad) > 3 else "")
-        raise UserError(
-            f"{len(bad)} of {total} rows {what}: {shown}",
-            place=name,
-            remedy="leave them out (`select`, or another file), or train by a method that does not need it",
-        )
 
 
 def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -225,8 +194,9 @@ def default_batch_size(shards: int, accumulation: int, least: int = 8) -> int:
     return math.ceil(least / unit) * unit
 
 
-def check_fit(inputs: Inputs, vocab_size: int, max_positions: int) -> None:
-    """Raises `UserError` where the data has what the model has not: token ids, or positions."""
+def check_fit(inputs: Inputs, vocab_size: int, max_positions: int, virtual: int = 0) -> None:
+    """Raises `UserError` where the data has what the model has not: token ids, or positions. `virtual` tokens
+    of an adapter stand before every row."""
     examples = [e for item in (*inputs.source.examples, *inputs.held_out) for e in members_of(item)]
     top = max(int(e.tokens.max()) for e in examples)
     if top >= vocab_size:
@@ -236,9 +206,10 @@ def check_fit(inputs: Inputs, vocab_size: int, max_positions: int) -> None:
             remedy="use the tokenizer files that belong to this model",
         )
     longest = max(len(e.tokens) for e in examples)
-    if longest > max_positions:
+    if longest + virtual > max_positions:
+        more = f" behind {virtual} virtual ones" if virtual else ""
         raise UserError(
-            f"a row has {longest} tokens, the model has {max_positions} positions",
+            f"a row has {longest} tokens{more}, the model has {max_positions} positions",
             place="max_length",
-            remedy=f"set max_length={max_positions}",
+            remedy=f"set max_length={max_positions - virtual}",
         )

@@ -13,7 +13,7 @@ import jax
 from jaxalign import distributed
 from jaxalign.errors import UserError
 from jaxalign.train.checkpoint import Checkpoints, Parts
-from jaxalign.train.feed import Feed
+from jaxalign.train.feed import Direct, Feed
 from jaxalign.train.flops import Work
 from jaxalign.train.metrics import Sink, Window
 from jaxalign.types import Batch
@@ -49,6 +49,9 @@ class Parties:
     rate(step) -> float                      the learning rate of that step
     parts(state) -> trees                    what a checkpoint holds
     evaluate(state) -> metrics               `eval_` names; called between steps
+    facts(step) -> metrics                   what else a log line says of that step
+    begin(state)                             told of the state before the first step
+    feed                                     `Feed`, or `Direct` where a batch depends on the steps before it
     """
 
     step: Callable[[Any, Batch], tuple[Any, Mapping[str, Any]]]
@@ -57,6 +60,9 @@ class Parties:
     rows: Callable[[int], list[str]] = lambda step: []
     rate: Callable[[int], float] | None = None
     evaluate: Callable[[Any], dict[str, float]] | None = None
+    facts: Callable[[int], dict[str, float]] = lambda step: {}
+    begin: Callable[[Any], None] = lambda state: None
+    feed: type[Feed] | type[Direct] = Feed
 
 
 @dataclass
@@ -153,7 +159,8 @@ class Loop:
         if start:  # a stop leaves no time for an evaluation that is due
             self._evaluate(state, start)
         self._clock.start()
-        with Feed(self.parties.make, start, self.plan.total) as feed:
+        self.parties.begin(state)
+        with self.parties.feed(self.parties.make, start, self.plan.total) as feed:
             for fed in feed:
                 state, metrics = self.parties.step(state, fed.batch)
                 self._settle()
@@ -217,7 +224,7 @@ class Loop:
 
     def _log(self, step: int) -> None:
         values = self.progress.window.close() | {"epoch": step / self.plan.steps_per_epoch}
-        values["num_tokens"] = self.progress.tokens
+        values |= {"num_tokens": self.progress.tokens} | self.parties.facts(step - 1)
         if self.parties.rate:
             # A skipped step does not move the schedule.
             values["learning_rate"] = self.parties.rate(max(0, step - 1 - self.progress.nonfinite))

@@ -59,60 +59,87 @@ class Reference:
         return jax.jit(lambda *args: forward(*args).logp, out_shardings=everywhere)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a file of numbers is about, in words, and what helps where they are not the run's."""
+
+    name: str
+    remedy: str
+
+
+LOG_PROBS = Subject(
+    "reference log-probs",
+    "delete the file, or name another one with reference.cache: they are computed again",
+)
+
+
 def with_log_probs(
     items: Sequence[Item], reference: Reference, file: Path, say: Callable[[str], None], **how: Any
 ) -> list[Item]:
-    """The groups with `Example.ref` on every member, from `file` or computed and written there.
+    """The groups with aux `ref` on every member, from `file` or computed and written there.
 
     `how` is that of `Reference.log_probs`. Raises `UserError` for a file of other weights or other rows.
     """
-    asked = {"weights": reference.identity, "rows": _digest(items)}
-    if file.exists():
-        flat = _read(file, asked)
-        say(f"reference: log-probs of {len(items)} rows read from {file}")
-    else:
-        flat = np.concatenate(reference.log_probs(items, **how))
-        _write(file, asked, flat)
-        say(f"reference: log-probs of {len(items)} rows computed, kept in {file}")
+    asked = {"weights": reference.identity, "rows": digest(items)}
+    flat = kept(file, asked, lambda: np.concatenate(reference.log_probs(items, **how)), LOG_PROBS, say)
     at, out = 0, []
     for item in items:
         members = []
         for member in members_of(item):
             end = at + len(member.tokens)
-            members.append(replace(member, ref=flat[at:end]))
+            members.append(replace(member, aux=member.aux | {"ref": flat[at:end]}))
             at = end
         out.append(replace(cast(Group, item), members=tuple(members)))
     return out
 
 
-def _digest(items: Sequence[Item]) -> str:
+def kept(
+    file: Path,
+    made_from: dict[str, str],
+    compute: Callable[[], np.ndarray],
+    subject: Subject,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    """Numbers [n] from `file`, or computed and written there. Raises `UserError` where the file's were made
+    from anything else."""
+    if file.exists():
+        flat = _read(file, made_from, subject)
+        say(f"{subject.name} read from {file}")
+        return flat
+    flat = compute()
+    _write(file, made_from, flat)
+    say(f"{subject.name} computed, kept in {file}")
+    return flat
+
+
+def digest(items: Sequence[Item]) -> str:
     """sha256 over token ids and masks of all answers in their order."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
 
     def add(example: Example) -> None:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
-        digest.update(np.packbits(example.mask).tobytes())
+        found.update(len(example.tokens).to_bytes(8, "little"))
+        found.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+        found.update(np.packbits(example.mask).tobytes())
 
     for item in items:
         for member in members_of(item):
             add(member)
-    return digest.hexdigest()
+    return found.hexdigest()
 
 
-def _read(file: Path, asked: dict[str, str]) -> np.ndarray:
+def _read(file: Path, asked: dict[str, str], subject: Subject) -> np.ndarray:
     try:
         with np.load(file) as saved:
             made, flat = json.loads(str(saved["made_from"])), saved["logp"]
     except (OSError, ValueError, KeyError) as error:
         remedy = "delete it: it is computed again"
-        raise UserError(f"not a file of log-probs: {error}", place=str(file), remedy=remedy) from error
+        raise UserError(f"not a file of {subject.name}: {error}", place=str(file), remedy=remedy) from error
     other = [name for name, value in asked.items() if made.get(name) != value]
     if other:
         raise UserError(
-            f"these log-probs are of other {' and '.join(other)} than the run's",
+            f"these {subject.name} are of other {' and '.join(other)} than the run's",
             place=str(file),
-            remedy="delete the file, or name another one with reference.cache: they are computed again",
+            remedy=subject.remedy,
         )
     return flat
 

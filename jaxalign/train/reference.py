@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ class ReferenceConfig(Config):
     mode: Literal["auto"] | Mode = "auto"
     """frozen: a copy of the weights that train; adapter_off: the base without its adapter, which needs no
     copy; precomputed: log-probs of all rows, computed before the first step and kept in `cache`; ema: a copy
-    that follows the policy (TR-DPO); auto takes adapter_off for a new adapter, else frozen"""
+    that follows the policy (TR-DPO); auto takes adapter_off for a new adapter, else frozen, and in stages a
+    copy that each stage renews"""
     cache: Path | None = None
     """file of precomputed log-probs, written if it is not there; null takes reference.npz in the output
     folder"""
@@ -37,11 +38,17 @@ class ReferenceConfig(Config):
 REFERENCE = ReferenceConfig()
 
 
-def resolve_mode(config: ReferenceConfig, *, full: bool, imported: bool) -> Mode:
-    """The mode of a run. `full`: every weight trains; `imported`: the adapter had been trained before.
+def resolve_mode(
+    config: ReferenceConfig, *, full: bool, imported: bool, renewed: bool = False, mixes: bool = False
+) -> Mode:
+    """The mode of a run. `full`: every weight trains; `imported`: the adapter had been trained before;
+    `renewed`: each stage has its own reference, and so there is a copy that moves; `mixes`: the adapter is of
+    a kind that can be averaged.
 
-    Raises `UserError` where the configured mode does not go with what trains.
+    Raises `UserError` where the configured mode does not go with what trains, or with stages.
     """
+    if renewed:
+        return _renewed(config)
     if config.mode == "auto":
         return "frozen" if full or imported else "adapter_off"
     if config.mode == "adapter_off" and full:
@@ -50,7 +57,7 @@ def resolve_mode(config: ReferenceConfig, *, full: bool, imported: bool) -> Mode
             place="reference.mode",
             remedy="set reference.mode=frozen, or train an adapter (lora)",
         )
-    if config.mode == "ema" and not full and config.mix < 1:
+    if config.mode == "ema" and not (full or mixes) and config.mix < 1:
         # The mean of two products A B is not the product of the means.
         raise UserError(
             f"adapters cannot be mixed (reference.mix={config.mix:g}): their two factors are not linear",
@@ -60,20 +67,40 @@ def resolve_mode(config: ReferenceConfig, *, full: bool, imported: bool) -> Mode
     return config.mode
 
 
+def _renewed(config: ReferenceConfig) -> Mode:
+    if config.mode != "auto":
+        raise UserError(
+            "each stage is compared with the policy that the stage before it ended with, which "
+            f"{config.mode} does not know",
+            place="reference.mode",
+            remedy="leave it out, or set stages.new_reference=false",
+        )
+    return "ema"
+
+
 def held(mode: Mode | None) -> bool:
     """Whether the training state holds weights of the reference beside its own."""
     return mode in ("frozen", "ema")
 
 
-def mover(config: ReferenceConfig, mode: Mode) -> Move | None:
-    """move(reference, params, step) after update number `step`, counted from 1 (arXiv:2404.09656, eqs. 5
-    and 6); None where the reference stays."""
+def mover(config: ReferenceConfig, mode: Mode, begins: Sequence[int] | None = None) -> Move | None:
+    """move(reference, params, step): the reference of the next update, when `step` updates were made; None
+    where it stays (arXiv:2404.09656, eqs. 5 and 6).
+
+    It moves every `sync_every` updates; `begins`: after those numbers of updates instead, and then to the
+    policy itself (sDPO, arXiv:2403.19270).
+    """
     if mode != "ema":
         return None
 
     def move(reference: Params, params: Params, step: Any) -> Params:
-        share = jnp.where(step % config.sync_every == 0, config.mix, 0.0)
+        due = (step > 0) & (step % config.sync_every == 0) if begins is None else _among(step, begins)
+        share = jnp.where(due, config.mix if begins is None else 1.0, 0.0)
         # Not `old + share (new - old)`: a share of 1 must give the policy bit for bit.
         return jax.tree.map(lambda old, new: share * new + (1 - share) * old, reference, params)
 
     return move
+
+
+def _among(step: Any, begins: Sequence[int]) -> Any:
+    return (step == jnp.asarray(begins, jnp.int32)).any()

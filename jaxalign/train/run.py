@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,24 @@ from jaxalign import distributed
 from jaxalign.data.chat import Tokenizer, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES, resolve_dtype
+from jaxalign.models.decoder import Adapter
 from jaxalign.models.export import export_hf, export_peft
 from jaxalign.models.source import resolve
-from jaxalign.registry import OBJECTIVES
 from jaxalign.sharding import make_mesh
 from jaxalign.train import feed
-from jaxalign.train.assemble import (
-    Machine,
-    check_batch,
-    data_shards,
-    learning_rate,
-    load_weights,
-    with_head,
-)
+from jaxalign.train.assemble import HEADS, Machine, check_batch, data_shards, learning_rate, load_weights
 from jaxalign.train.checkpoint import Checkpoints, Restored
-from jaxalign.train.flops import Work, work_of
 from jaxalign.train.folder import RunFolder, adopt, check_same, disk_errors, locked, versions
 from jaxalign.train.guards import Watch
-from jaxalign.train.inputs import (
-    Data,
-    Inputs,
-    check_fit,
-    default_batch_size,
-    held_out_batches,
-    make_source,
-    read_inputs,
-    total_steps,
-)
-from jaxalign.train.loop import Loop, Outcome, Parties, Plan, Progress
+from jaxalign.train.inputs import Data, default_batch_size
+from jaxalign.train.lesson import Lesson, Open, from_rows
+from jaxalign.train.loop import Loop, Outcome, Plan, Progress
 from jaxalign.train.metrics import JsonLines, Screen, Silent, Sink, TensorBoard, make_screen, read_lines
 from jaxalign.train.optim import learning_rates
-from jaxalign.train.precompute import with_log_probs
-from jaxalign.train.programs import COMPILATIONS, shape_of
-from jaxalign.train.settings import TrainConfig, digest, objective_for
+from jaxalign.train.programs import COMPILATIONS
+from jaxalign.train.settings import TrainConfig, digest
 from jaxalign.train.state import TrainState
-from jaxalign.types import Batch, ModelSource
+from jaxalign.types import ModelSource
 
 Say = Callable[[str], None]
 
@@ -74,12 +57,14 @@ class RunResult:
     compiled: dict[str, float] = field(default_factory=dict)
 
 
-def train(method: str, model: str, data: Data, out: str | Path, config: TrainConfig) -> RunResult:
+def train(
+    method: str, model: str, data: Data, out: str | Path, config: TrainConfig, open_lesson: Open = from_rows
+) -> RunResult:
     """Trains `model` (what `-m` takes) on `data` (what `-d` takes) and leaves everything in the folder `out`.
 
-    `config` is an instance of `config_for(method)`. The same call goes on where an earlier one stopped, and
-    does nothing when the run is over. SIGTERM saves first, then raises a `UserError` of status 75.
-    Raises `UserError` for every mistake of the input.
+    `config` is of the method's own class, `open_lesson` reads what it learns from. The same call goes on
+    where an earlier one stopped, and does nothing when the run is over. SIGTERM saves first, then raises a
+    `UserError` of status 75. Raises `UserError` for every mistake of the input.
     """
     distributed.share_arena()
     distributed.start()
@@ -89,7 +74,7 @@ def train(method: str, model: str, data: Data, out: str | Path, config: TrainCon
         notice.watch()
     try:
         with disk_errors(folder.path), locked(folder.path):
-            return _Run(method, model, data, folder, config, notice).go()
+            return _Run(method, model, data, folder, config, notice, open_lesson).go()
     finally:
         notice.ignore()
 
@@ -109,6 +94,7 @@ class _Run:
     folder: RunFolder
     config: TrainConfig
     notice: distributed.Notice
+    open_lesson: Open
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -143,7 +129,6 @@ class _Run:
         return config.model_copy(
             update={
                 "batch_size": rows,
-                "learning_rate": learning_rate(config, OBJECTIVES[self.method].rates),
                 "dtype": resolve_dtype(config.dtype),
             }
         )
@@ -165,57 +150,37 @@ class _Run:
         source = resolve(self.name)
         template = self.config.chat_template
         tokenizer = load_tokenizer(source, _read(template) if template else None)
-        objective = objective_for(self.method, self.config)
-        inputs = read_inputs(self.data, tokenizer, self.config, objective, _print)
-        total = total_steps(self.config, inputs.source)
-        self.folder.check_total(total)
-        weights = load_weights(source, mesh, self.config)
-        if objective.kind == "reward":
-            weights = with_head(weights, mesh, self.config.seed)
-        self.config = self.config.model_copy(update={"lora": weights.model.adapter})
-        check_fit(inputs, weights.model.config.vocab_size, weights.model.config.max_positions)
-        machine = Machine(weights, objective, mesh, self.config, total, _print)
+        lesson = self.open_lesson(self.method, self.data, self.config, tokenizer, _print)
+        total = lesson.total
+        self.folder.check_total(total, staged=bool(lesson.begins))
+        weights = load_weights(source, mesh, self.config.spelled(tokenizer.encode))
+        if lesson.objective.kind in HEADS:
+            weights = HEADS[lesson.objective.kind](weights, mesh, self.config.seed)
+        self.config = self._settled(weights.model.adapter, lesson.objective)
+        lesson.check(weights.model)
+        machine = Machine(weights, lesson.objective, mesh, self.config, total, _print, lesson.begins)
+        lesson = lesson.ready(machine, self.folder)
         self.folder.begin(self.asked, self.config, total)
-        self.folder.write("data_report.json", inputs.report)
-        if machine.mode == "precomputed":
-            inputs = self._precomputed(machine, inputs, tokenizer.pad_id)
-        return self._with_machine(machine, inputs, source, tokenizer)
+        self.folder.write("data_report.json", lesson.report)
+        return self._with_machine(machine, lesson, source, tokenizer)
 
-    def _precomputed(self, machine: Machine, inputs: Inputs, pad_id: int) -> Inputs:
-        """The inputs with the reference's log-probs, from its file or computed and written there."""
-        if inputs.source.rotated:
-            raise UserError(
-                f"{self.method} compares each prompt with answers of other rows, drawn anew in every step",
-                place="reference.mode",
-                remedy="leave reference.mode out: precomputed needs answers that stay with their prompts",
-            )
-        c: Any = self.config
-        rows = -(-(c.batch_size or 1) // c.grad_accumulation)
-        train, held_out = inputs.source.examples, inputs.held_out
-        items = with_log_probs(
-            [*train, *held_out],
-            machine.reference(),
-            c.reference.cache or self.folder.path / "reference.npz",
-            _print,
-            rows=rows,
-            max_length=c.max_length,
-            pad_id=pad_id,
-        )
-        source = make_source(items[: len(train)], c, machine.objective, pad_id)
-        return replace(inputs, source=source, held_out=items[len(train) :])
+    def _settled(self, adapter: Adapter | None, objective: Any) -> TrainConfig:
+        """The configuration with what the model decides: its adapter where none was named, and the rate."""
+        config = self.config if self.config.names_adapter else self.config.with_adapter(adapter)
+        return config.model_copy(update={"learning_rate": learning_rate(config, objective.rates)})
 
     def _with_machine(
-        self, machine: Machine, inputs: Inputs, source: ModelSource, tokenizer: Tokenizer
+        self, machine: Machine, lesson: Lesson, source: ModelSource, tokenizer: Tokenizer
     ) -> RunResult:
-        checkpoints = self._checkpoints(machine, inputs)
+        checkpoints = self._checkpoints(machine, lesson)
         if checkpoints.steps():
             machine.forget_start()
         found = checkpoints.restore(machine.parts(machine.abstract_state))
         start = found.step if found else 0
-        _announce(machine, inputs, start)
+        _announce(machine, lesson, start)
         compiled: dict[str, float] = {"programs": 0, "seconds": 0.0, "late": 0}
         if start < machine.total:
-            outcome, compiled = self._loop(machine, inputs, checkpoints, found, tokenizer.pad_id)
+            outcome, compiled = self._loop(machine, lesson, checkpoints, found)
             if outcome.preempted:
                 raise _preempted(outcome.step, machine.total, self.folder.path)
             state, step = outcome.state, outcome.step
@@ -225,54 +190,51 @@ class _Run:
         self._finish(step, result)
         return self._result(step, start, compiled)
 
-    def _checkpoints(self, machine: Machine, inputs: Inputs) -> Checkpoints:
-        identity = {"base_hash": machine.weights.loaded.base_hash, "data": inputs.identity}
+    def _checkpoints(self, machine: Machine, lesson: Lesson) -> Checkpoints:
+        identity = {"base_hash": machine.weights.loaded.base_hash, "data": lesson.identity}
         about = {"versions": versions(), "config": digest(self.config.model_dump(mode="json"))}
         return Checkpoints(
             self.folder.checkpoints, identity, about, keep=self.config.keep_checkpoints, say=_print
         )
 
     def _loop(
-        self, machine: Machine, inputs: Inputs, checkpoints: Checkpoints, found: Restored | None, pad_id: int
+        self, machine: Machine, lesson: Lesson, checkpoints: Checkpoints, found: Restored | None
     ) -> tuple[Outcome, dict[str, float]]:
-        c, start = self.config, found.step if found else 0
-        rows = c.eval_batch_size or (c.batch_size or 1) // c.grad_accumulation
-        shards = data_shards(machine.mesh)
-        held_out = held_out_batches(inputs, c, machine.objective, pad_id, -(-rows // shards) * shards)
-        expected = [feed.abstract(batch, machine.mesh) for batch in inputs.source.abstract()]
-        programs = machine.train_programs(expected)
-        unique = {shape_of(b): feed.abstract(b, machine.mesh, 0) for b in held_out}
-        tests = machine.eval_programs(list(unique.values()))
+        start = found.step if found else 0
+        programs = machine.train_programs([feed.abstract(b, machine.mesh) for b in lesson.abstract()])
+        rates = learning_rates(machine.schedule, machine.total)
+        common = {"parts": machine.parts, "rate": lambda step: float(rates[step])}
+        parties, others = lesson.parties(programs, common)
+        known = [programs, *others]
         compiled: dict[str, float] = {
-            "programs": len(programs.table) + len(tests.table),
-            "seconds": programs.seconds + tests.seconds,
+            "programs": sum(len(p.table) for p in known),
+            "seconds": sum(p.seconds for p in known),
         }
         _print(f"compiled {compiled['programs']} programs in {compiled['seconds']:.1f} s")
-        rates = learning_rates(machine.schedule, machine.total)
-        parties = Parties(
-            step=lambda state, batch: programs(state, machine.weights.base, batch),
-            make=_maker(machine, inputs),
-            parts=machine.parts,
-            rows=inputs.source.ids,
-            rate=lambda step: float(rates[step]),
-            evaluate=machine.evaluator(tests, held_out) if held_out else None,
-        )
         progress = Progress.load(found.progress) if found else Progress()
         with self._sinks(machine.total, start) as (screen, sinks):
-            programs.say = tests.say = checkpoints.say = screen.say
-            plan = self._plan(machine.total, inputs)
+            checkpoints.say = screen.say
+            for p in known:
+                p.say = screen.say
             loop = Loop(
-                plan, parties, checkpoints, sinks, screen.advance, machine.speed, progress, self.notice
+                self._plan(lesson),
+                parties,
+                checkpoints,
+                sinks,
+                _telling(lesson, screen),
+                machine.speed,
+                progress,
+                self.notice,
             )
             state, before = _state_of(machine, found), COMPILATIONS.count
             distributed.keep_freed_memory()
             outcome = loop.run(state, start)
         return outcome, compiled | {"late": COMPILATIONS.count - before}
 
-    def _plan(self, total: int, inputs: Inputs) -> Plan:
-        c, epoch = self.config, len(inputs.source.rows) / (self.config.batch_size or 1)
-        every = c.eval_every or max(1, round(epoch))
-        return Plan(total, c.log_every, c.checkpoint_every, every, epoch, c.max_nonfinite)
+    def _plan(self, lesson: Lesson) -> Plan:
+        c = self.config
+        every = c.eval_every or max(1, round(lesson.epoch))
+        return Plan(lesson.total, c.log_every, c.checkpoint_every, every, lesson.epoch, c.max_nonfinite)
 
     @contextmanager
     def _sinks(self, total: int, start: int) -> Iterator[tuple[Screen, list[Sink]]]:
@@ -358,30 +320,24 @@ def _state_of(machine: Machine, found: Restored | None) -> TrainState:
     return machine.new_state() if found is None else machine.resumed(found.parts)
 
 
-def _maker(machine: Machine, inputs: Inputs) -> Callable[[int], tuple[Batch, Work]]:
-    """make(step): the placed batch of a step and what it holds on this process."""
-    windows, mesh = machine.layer_windows, machine.mesh
-
-    def make(step: int) -> tuple[Batch, Work]:
-        host = inputs.source.batch(step)
-        return feed.place(host, mesh), work_of(host, windows)
-
-    return make
-
-
-def _announce(machine: Machine, inputs: Inputs, start: int) -> None:
+def _announce(machine: Machine, lesson: Lesson, start: int) -> None:
     trained, total = machine.weights.counts
-    c, stats = machine.config, inputs.source.stats
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    _print(
-        f"model: {total:,} parameters, {trained:,} trained, {c.dtype}, on {devices}\n"
-        f"run: {machine.total} steps of {c.batch_size} rows, {stats.rows} rows an epoch, "
-        f"{stats.pad_share:.0%} padding"
-    )
-    if stats.rows < (c.batch_size or 1):
-        _print(f"fewer rows than batch_size={c.batch_size}: each is taken more than once in every step")
+    _print(f"model: {total:,} parameters, {trained:,} trained, {machine.config.dtype}, on {devices}")
     if start:
         _print(f"resuming after step {start} of {machine.total}")
+    for line in lesson.lines(start):
+        _print(line)
+
+
+def _telling(lesson: Lesson, screen: Screen) -> Callable[[int], None]:
+    """The screen's `advance`, which also says what begins."""
+
+    def advance(step: int) -> None:
+        screen.advance(step)
+        lesson.tell(step, screen)
+
+    return advance
 
 
 def _preempted(step: int, total: int, path: Path) -> UserError:

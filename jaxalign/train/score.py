@@ -21,6 +21,7 @@ def score(
     *,
     key: jax.Array | None = None,
     needs: frozenset[str] = frozenset(),
+    temperature: float = 1.0,
     train_base: bool = False,
     compact: bool = True,
     spread: int = 1,
@@ -29,12 +30,16 @@ def score(
     """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model, or members share a
     row (`Batch.shared`): the same scores for less work.
 
-    `compact`, `spread` and `chunk` are those of `Head`.
+    Logits are divided by `temperature`. `compact`, `spread` and `chunk` are those of `Head`.
     """
     hidden = hidden_states(model, adapter, base, batch, key)
+    softcap = model.config.final_softcap
+    if temperature != 1.0:  # logits are linear in the hidden states, up to the cap
+        hidden = (hidden / temperature).astype(hidden.dtype)
+        softcap = softcap and softcap / temperature
     head = Head(
         chunk=chunk,
-        softcap=model.config.final_softcap,
+        softcap=softcap,
         dtype=model.numerics.compute,
         trained=train_base,
         smooth="mean_logit" in needs,
@@ -78,6 +83,21 @@ def rewards(
     states = hidden.reshape(*batch.tokens.shape, -1)
     states = jnp.take_along_axis(states, last[..., None, None], axis=2)[:, :, 0].astype(jnp.float32)
     return (states * head["kernel"][0]).sum(axis=-1)
+
+
+def values(
+    model: Model,
+    adapter: Params | None,
+    base: Params,
+    head: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """A critic's values, float32 [B, G, T]: of the state before each token, which the token before it ends;
+    0 for the first one."""
+    hidden = hidden_states(model, adapter, base, batch, key).reshape(*batch.tokens.shape, -1)
+    found = (hidden.astype(jnp.float32) * head["kernel"][0]).sum(axis=-1)
+    return jnp.pad(found[..., :-1], ((0, 0), (0, 0), (1, 0)))
 
 
 def init_head(size: int, key: jax.Array) -> Params:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, create_model
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from jaxalign.data.group_formats import GroupOptions
 from jaxalign.data.spans import LossOn
 from jaxalign.data.tokenize import Truncation
 from jaxalign.models.adapters import LoraConfig
+from jaxalign.models.decoder import Adapter
+from jaxalign.models.prefix import PrefixConfig, PromptConfig
 from jaxalign.models.quant import Quantise
-from jaxalign.registry import OBJECTIVES
+from jaxalign.registry import ADAPTERS, OBJECTIVES
 from jaxalign.sharding import MeshConfig
 from jaxalign.train.optim import OptimConfig
 from jaxalign.train.reference import REFERENCE, ReferenceConfig
+from jaxalign.train.stages import StagesConfig
 
 # Keys that a run may change when it is resumed: none of them changes a step that was already made.
 FREE_KEYS = (
@@ -38,6 +42,11 @@ FREE_KEYS = (
 
 # Keys that say how long the run is: it may be made longer, which `folder.py` checks in steps.
 LENGTH_KEYS = ("max_steps", "epochs")
+
+
+def _lora(before: dict[str, Any]) -> LoraConfig | None:
+    """The default of `lora`: on, unless a block before it is."""
+    return None if any(before.get(name) for name in ADAPTERS) else LoraConfig()
 
 
 class TrainConfig(OptimConfig):
@@ -69,8 +78,12 @@ class TrainConfig(OptimConfig):
     neftune_alpha: float = Field(0.0, ge=0)
     """strength of NEFTune's noise on the embeddings while training; 5 is usual, 0 is off"""
 
-    lora: LoraConfig | None = Field(default_factory=LoraConfig)
-    """low-rank adapters on a frozen base; null trains every weight"""
+    prefix: PrefixConfig | None = None
+    """prefix tuning instead of lora: keys and values that every layer attends to, on a frozen base"""
+    prompt: PromptConfig | None = None
+    """prompt tuning instead of lora: vectors before the embeddings of every row, on a frozen base"""
+    lora: LoraConfig | None = Field(default_factory=_lora)
+    """low-rank adapters on a frozen base; null, without prefix and prompt, trains every weight"""
     quantise: Quantise = "none"
     """the frozen base's kernels in 4 bits (nf4, QLoRA) or 8 (int8): less memory, slower steps"""
     mesh: MeshConfig = MeshConfig()
@@ -101,16 +114,43 @@ class TrainConfig(OptimConfig):
     resume: Literal["auto", "never"] = "auto"
     """auto goes on where the output folder's run stopped; never refuses a folder with a run in it"""
 
+    @field_validator("prompt", "lora")
+    @classmethod
+    def _one_adapter(cls, value: Adapter | None, info: ValidationInfo) -> Adapter | None:
+        others = [name for name in ADAPTERS if info.data.get(name) is not None]
+        if value is not None and others:
+            raise ValueError(f"a run trains one adapter: set {others[0]}=null or {info.field_name}=null")
+        return value
 
-PairPolicy = Literal["all_pairs", "adjacent", "best_vs_worst", "best_vs_random_lower", "best_vs_random_other"]
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that trains, of whatever kind; None where every weight does."""
+        return self.prefix or self.prompt or self.lora
+
+    @property
+    def names_adapter(self) -> bool:
+        """Whether what trains was said, and not left to the default or to the model that is trained on."""
+        return "lora" in self.model_fields_set or self.adapter != self.lora
+
+    def spelled(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        """The same with a prompt's words as the tokens that `encode` makes of them."""
+        return self.model_copy(update={"prompt": self.prompt.spelled(encode)}) if self.prompt else self
+
+    def with_adapter(self, adapter: Adapter | None) -> Self:
+        """The same with `adapter` as what trains."""
+        kinds = {name: adapter if adapter and adapter.key == name else None for name in ADAPTERS}
+        return self.model_copy(update=kinds)
+
+
+PairPolicy = Literal[
+    "all_pairs", "adjacent", "best_vs_worst", "best_vs_rest", "best_vs_random_lower", "best_vs_random_other"
+]
 
 
 class ComparisonConfig(TrainConfig):
     """`TrainConfig` of methods that learn from answers that are compared or judged."""
 
-    pairs: Literal[
-        "all_pairs", "adjacent", "best_vs_worst", "best_vs_random_lower", "best_vs_random_other"
-    ] = "all_pairs"
+    pairs: PairPolicy = "all_pairs"
     """which pairs a list of scored or ranked answers gives; ties give none, but in best_vs_random_other"""
     best_answers: int | None = Field(None, ge=2)
     """how many of a list's best answers are taken; null takes all"""
@@ -120,6 +160,8 @@ class ComparisonConfig(TrainConfig):
     """keys of a row's meta with the value that they must have, such as {aspect: harmless}"""
     share_prompt: bool = True
     """compute the prompt that answers share once, where that saves work; the loss stays the same"""
+    stages: StagesConfig | None = None
+    """learn pairs in stages, from easy to hard or file by file (Curry-DPO, sDPO); null learns all together"""
 
     @property
     def options(self) -> GroupOptions:
@@ -150,7 +192,18 @@ def config_for(method: str) -> type[TrainConfig]:
     if "ref" in objective().needs:
         own["reference"] = (ReferenceConfig, FieldInfo(default=REFERENCE, description=_ABOUT_REFERENCE))
     base = TrainConfig if objective.data == "sft" else ComparisonConfig
-    return create_model(f"{method}_config", __base__=base, __doc__=objective.__doc__, **own)
+    whole: Any = {"_objective_can_be_built": model_validator(mode="after")(partial(_built, objective))}
+    about = {"__doc__": objective.__doc__, "__validators__": whole}
+    return create_model(f"{method}_config", __base__=base, **about, **own)
+
+
+def _built(objective: Any, config: Any) -> Any:
+    """The configuration. Raises `ValueError` for keys of the method that are at odds with each other."""
+    try:
+        objective(**{name: getattr(config, name) for name in objective.model_fields})
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    return config
 
 
 _ABOUT_REFERENCE = "the policy that the loss compares with"

@@ -18,7 +18,7 @@ from jaxalign.objectives.base import Metrics, Objective, Scores
 from jaxalign.objectives.logprobs import targets
 from jaxalign.sharding import RULES
 from jaxalign.train.reference import Move
-from jaxalign.train.score import rewards, score
+from jaxalign.train.score import rewards, score, values
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, Params
 
@@ -30,7 +30,8 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
     """loss(params, reference, base, batch [B, G, T], key) -> (loss sum, (weight, metrics)).
 
     `params` is the adapter over the frozen `base`, or all weights (`train_base`), and then base is unused;
-    for a reward model {"trunk": that, "head"}. `reference` is that of `TrainState`.
+    for a reward model {"trunk": that, "head"}, for a policy with its critic {"trunk", "critic", "head"}.
+    `reference` is that of `TrainState`.
     """
 
     def weights(params: Params | None, base: Params) -> tuple[Params | None, Params]:
@@ -39,6 +40,7 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
     forward = partial(
         score,
         model,
+        temperature=objective.softness,
         train_base=train_base,
         compact=mesh.size == 1,
         spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
@@ -55,7 +57,13 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
     def answer_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> jax.Array:
         return rewards(model, *weights(params["trunk"], base), params["head"], batch, key)
 
-    scores = {"tokens": token_scores, "reward": answer_scores}[objective.kind]
+    def both_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> Scores:
+        start = None if reference is None else reference["trunk"]
+        scores = token_scores(params["trunk"], start, base, batch, key)
+        return replace(scores, value=values(model, params["critic"], base, params["head"], batch, key))
+
+    kinds = {"tokens": token_scores, "reward": answer_scores, "actor_critic": both_scores}
+    scores = kinds[objective.kind]
 
     def loss(params: Params, reference: Params | None, base: Params, batch: Batch, key: Any) -> Any:
         total, weight, metrics = objective(scores(params, reference, base, batch, key), batch)
@@ -78,8 +86,8 @@ def make_step(
     how a step's rows are cut into micro-batches, devices or packed rows.
 
     The state is donated; `out_shardings` (`state_shardings`) keeps it where it was; `move` is that of
-    `reference.mover`. A step whose loss or
-    gradient is not finite changes nothing but the counter, and says so in the metric `nonfinite`.
+    `reference.mover`. A step whose loss or gradient is not finite changes nothing but the counter (and a
+    reference that was to move), and says so in the metric `nonfinite`.
     """
     loss = make_loss(model, objective, mesh, train_base)
 
@@ -88,6 +96,9 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if "tokens_per_group" in objective.needs:
             batch = _with_tokens_per_group(batch)
+        if move and state.reference is not None:
+            # Before the update: an evaluation after it still compares with the reference that it had.
+            state = replace(state, reference=move(state.reference, state.params, state.step))
 
         def micro(index: jax.Array, part: Batch) -> Any:
             grad = jax.value_and_grad(loss, has_aux=True)
@@ -110,10 +121,7 @@ def make_step(
             "num_targets": metrics["loss"][1],
             "nonfinite": 1 - finite.astype(jnp.int32),
         }
-        new = replace(state, step=state.step + 1, params=params, opt=opt)
-        if move and state.reference is not None:
-            new = replace(new, reference=move(state.reference, params, new.step))
-        return new, report
+        return replace(state, step=state.step + 1, params=params, opt=opt), report
 
     return step
 

@@ -64,3 +64,24 @@ def test_rewards_that_follow_length(correlation: float, heard: bool) -> None:
     said = remarks([{"loss": 0.5, "eval_length_correlation": correlation}] * 2)
     assert len(said) == heard
     assert not heard or "length of the answer" in said[0]
+
+
+def test_stages_are_watched_one_by_one() -> None:
+    """A stage may begin at a margin of 0, and with rows of other log-probs: neither is a sign of anything."""
+    first = [line | {"stage": 1} for line in SOUND]
+    begun = {"loss": 0.693, "rewards/margins": 0.0, "rewards/chosen": 0.0, "logps/chosen": -200.0, "stage": 2}
+    later = begun | {"rewards/margins": 0.5, "rewards/chosen": 0.2, "logps/chosen": -198.0}
+    assert remarks([*first, begun, later]) == []
+    fallen = later | {"logps/chosen": -230.0}
+    assert len(remarks([*first, begun, fallen])) == 1
+
+
+def test_a_few_rows_whose_rewards_follow_length_say_little() -> None:
+    """On average over the last updates, where training rows are all there is."""
+    line = lambda value: {"loss": 0.5, "length_correlation": value}  # noqa: E731
+    noise = [line(0.9 if i % 2 else -0.3) for i in range(3 * PATIENCE)]  # 0.3 on average
+    assert remarks(noise, every=1) == []
+    assert remarks([line(0.9)] * (PATIENCE - 1), every=1) == []
+    (said,) = remarks([*noise, *[line(0.8)] * PATIENCE], every=1)
+    assert "length of the answer" in said
+    assert len(remarks([line(-0.7)] * 3)) == 1

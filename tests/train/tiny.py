@@ -38,8 +38,9 @@ def write_tokenizer(folder: Path) -> int:
     return backend.get_vocab_size()
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A two-layer Llama of width 32 with random weights, as transformers would save it."""
+def write_model(folder: Path, seed: int = 0, sharpness: float = 1.0) -> Path:
+    """A two-layer Llama of width 32 with random weights, as transformers would save it. Embeddings times
+    `sharpness`: with more of it an adapter can make one token much likelier than another."""
     folder.mkdir(parents=True)
     config = {
         "model_type": "llama",
@@ -64,6 +65,8 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     tensors: dict[str, np.ndarray] = {}
     for rule in family.names(decoder):
         tensors |= _tensors(rule, params)
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name] * np.float32(sharpness)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
