@@ -12,6 +12,7 @@ from pydantic import Field, create_model
 
 from jaxalign.config import Config, load_config
 from jaxalign.errors import UserError, nearest
+from jaxalign.registry import METHODS, ONLINE
 from jaxalign.yaml_layers import inline, read_file
 
 if TYPE_CHECKING:
@@ -43,15 +44,21 @@ class Run:
 @cache
 def run_settings(method: str, needs: tuple[str, ...] = ("model", "data", "out")) -> type[Config]:
     """A method's settings with `method`, `model`, `data` and `out`; those in `needs` must be given."""
-    from jaxalign.train.settings import config_for
-
     fields: dict[str, Any] = {
         name: (kind, Field(description=text))
         if name in needs
         else (kind | None, Field(None, description=text))
         for name, (kind, text) in _ABOUT.items()
     }
-    return create_model(f"{method}_run", __base__=config_for(method), **fields)
+    return create_model(f"{method}_run", __base__=method_settings(method), **fields)
+
+
+def method_settings(method: str) -> type[Config]:
+    """The keys of a training method. Raises `UserError` on an unknown one."""
+    from jaxalign.train.settings import config_for
+
+    METHODS.check(method)
+    return ONLINE[method].config if method in ONLINE else config_for(method)
 
 
 def read_run(
@@ -66,21 +73,17 @@ def read_run(
     cls = run_settings(method, needs)
     found = load_config(cls, files, overrides, {"method": method, **(values or {})})
     own = {k: v for k, v in found.model_dump(exclude_unset=True).items() if k not in _ABOUT}
-    from jaxalign.train.settings import config_for
-
     about = {name: getattr(found, name) for name in _ABOUT}
-    return Run(**about, config=config_for(method).model_validate(own))
+    return Run(**about, config=method_settings(method).model_validate(own))
 
 
 def _method_in(files: Sequence[str | Path]) -> str:
     """The `method:` that a YAML file names."""
-    from jaxalign.registry import OBJECTIVES
-
     for path in reversed(files):
         name = read_file(Path(path)).values.get("method")
         if name:
             return str(name)
-    raise UserError("no training method", remedy=f"name one of: {', '.join(OBJECTIVES)}")
+    raise UserError("no training method", remedy=f"name one of: {', '.join(METHODS)}")
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -105,12 +108,14 @@ def train(
     return start(read_run(method, config, overrides, _given(model=model, data=data, out=out) | keys))
 
 
-def start(run: Run) -> RunResult:
+def start(run: Run) -> Any:
     """Trains. A run that a signal stopped ends in a `UserError` of status 75."""
     from jaxalign.train.run import train as work
 
     assert run.data is not None, "a run that is only planned"
     assert run.out is not None, "a run that is only planned"
+    if run.method in ONLINE:
+        return ONLINE[run.method].run(run.model, run.data, run.out, run.config)
     return work(run.method, run.model, run.data, run.out, run.config)
 
 
@@ -134,10 +139,17 @@ def plan(
 
 
 def plan_of(run: Run, on: str | None = None, mfu: float = 0.4) -> Plan:
-    """The plan of a run."""
+    """The plan of a run; of a method that samples, that of its training steps."""
     from jaxalign.preflight import plan_run
+    from jaxalign.train.settings import config_for
 
-    return plan_run(run.method, run.model, run.data, run.config, on=on, mfu=mfu)
+    if run.method not in ONLINE:
+        return plan_run(run.method, run.model, run.data, run.config, on=on, mfu=mfu)
+    objective = ONLINE[run.method].objective
+    kind = config_for(objective)
+    given = run.config.model_dump(exclude_unset=True)
+    config = kind.model_validate({k: v for k, v in given.items() if k in kind.model_fields})
+    return plan_run(objective, run.model, None, config, on=on, mfu=mfu)
 
 
 # ------------------------------------------------------------------------------------------- sampling
@@ -326,4 +338,11 @@ def inspect_model(model: str) -> dict[str, str | int | bool]:
 
 
 def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    """Those that are not None, paths as text."""
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_plain(part) for part in value)
+    return str(value) if isinstance(value, Path) else value

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxalign.errors import UserError, nearest
-from jaxalign.registry import EVALUATIONS, OBJECTIVES, Registry
+from jaxalign.registry import EVALUATIONS, METHODS, Registry
 
 START, WORK, LOOK = "Start here", "Train, use and hand over", "Look before you run"
 
@@ -374,10 +374,10 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _train_rows(method: str) -> Any:
+    from jaxalign.api import method_settings
     from jaxalign.config import describe
-    from jaxalign.train.settings import config_for
 
-    return describe(config_for(method))
+    return describe(method_settings(method))
 
 
 def _evaluate_rows(method: str) -> Any:
@@ -393,7 +393,7 @@ def _generate_rows() -> Any:
     return describe(generate_settings())
 
 
-def _help(ctx: typer.Context, rows: Any, methods: Registry = OBJECTIVES) -> None:
+def _help(ctx: typer.Context, rows: Any, methods: Registry = METHODS) -> None:
     """The command's page; below it the keys, or the methods where none was named."""
     from jaxalign.terminal import show_keys
 
@@ -401,7 +401,7 @@ def _help(ctx: typer.Context, rows: Any, methods: Registry = OBJECTIVES) -> None
     if rows:
         show_keys(rows)
     else:
-        verb = "train" if methods is OBJECTIVES else "evaluate"
+        verb = "train" if methods is METHODS else "evaluate"
         print(f"METHOD is one of: {', '.join(methods)}. Their keys: jaxalign {verb} METHOD --help\n")
 
 

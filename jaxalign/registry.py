@@ -22,13 +22,17 @@ class Registry:
 
     def __getitem__(self, name: str) -> Any:
         """The object registered under `name`; raises `UserError` with the nearest name."""
+        self.check(name)
+        module, attribute = self.entries[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def check(self, name: str) -> None:
+        """Raises `UserError` with the nearest name unless `name` is registered."""
         if name not in self.entries:
             known = ", ".join(self.entries)
             raise UserError(
                 f"unknown {self.kind} {name!r}{nearest(name, self.entries)}", remedy=f"known: {known}"
             )
-        module, attribute = self.entries[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
 
 
 # A model family is keyed by the `model_type` of transformers' config.json.
@@ -85,9 +89,11 @@ OBJECTIVES = Registry(
         "orpo": "jaxalign.objectives.reference_free:ORPO",
         "rpo": "jaxalign.objectives.composite:RPO",
         "rpo_relative": "jaxalign.objectives.relative:RelativeRPO",
+        "rpo_relative_unpaired": "jaxalign.objectives.relative:RelativeUnpaired",
         "wpo": "jaxalign.objectives.composite:WPO",
         "ld_dpo": "jaxalign.objectives.composite:LDDPO",
-        "mpo": "jaxalign.objectives.composite:MPO",
+        "mix": "jaxalign.objectives.mix:Mix",
+        "mpo": "jaxalign.objectives.mix:MPO",
         "aot": "jaxalign.objectives.transport:AOT",
         "aot_unpaired": "jaxalign.objectives.transport:AOTUnpaired",
         "kto": "jaxalign.objectives.unpaired:KTO",
@@ -101,6 +107,36 @@ OBJECTIVES = Registry(
         "d2o": "jaxalign.objectives.listwise:D2O",
         "cringe": "jaxalign.objectives.token_contrastive:Cringe",
         "cringe_pair": "jaxalign.objectives.token_contrastive:CringePair",
+    },
+)
+
+# Methods that sample answers themselves: an entry is a `jaxalign.rl.base.Method`.
+ONLINE = Registry(
+    "training method",
+    {
+        "grpo": "jaxalign.rl.methods:GRPO",
+        "rloo": "jaxalign.rl.methods:RLOO",
+        "reinforce_pp": "jaxalign.rl.methods:REINFORCE_PP",
+        "remax": "jaxalign.rl.methods:REMAX",
+        "p3o": "jaxalign.rl.methods:P3O",
+        "ppo": "jaxalign.rl.methods:PPO",
+        "iterative_dpo": "jaxalign.rl.iterate:ITERATIVE_DPO",
+        "raft": "jaxalign.rl.iterate:RAFT",
+    },
+)
+
+METHODS = Registry("training method", OBJECTIVES.entries | ONLINE.entries)  # of `jaxalign train`
+
+REWARDS = Registry(
+    "reward",
+    {
+        "length": "jaxalign.rl.reward_kinds:Length",
+        "regex": "jaxalign.rl.reward_kinds:Pattern",
+        "exact": "jaxalign.rl.reward_kinds:Exact",
+        "json_schema": "jaxalign.rl.reward_kinds:JsonSchema",
+        "sentiment": "jaxalign.rl.reward_kinds:Sentiment",
+        "python": "jaxalign.rl.reward_kinds:Python",
+        "model": "jaxalign.rl.reward_kinds:RewardModelReward",
     },
 )
 

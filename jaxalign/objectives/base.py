@@ -32,6 +32,7 @@ class Scores:
     rivals       [B, G, T, 8] log-probs of the 8 likeliest tokens other than this one, from the likeliest on
                  (only where needed, else None)
     prompt       [B, D] a vector of what each prompt is about (no gradient; only where needed, else None)
+    value        a critic's value of the state before the token (only where there is a critic, else None)
     """
 
     logp: Any
@@ -44,6 +45,7 @@ class Scores:
     ref: Any = None
     rivals: Any = None
     prompt: Any = None
+    value: Any = None
 
 
 class Objective(Protocol):
@@ -60,6 +62,7 @@ class Objective(Protocol):
            whole_batch            all examples of a step at once: no gradient accumulation
     rates  its usual peak learning rates, of all weights and of an adapter
     defaults  keys of the training configuration that it sets differently
+    softness  what logits are divided by before they become log-probs: the temperature of a sampled policy
     """
 
     kind: ClassVar[str]
@@ -68,9 +71,15 @@ class Objective(Protocol):
     needs: ClassVar[frozenset[str]]
     rates: ClassVar[tuple[float, float]]
     defaults: ClassVar[dict[str, Any]]
+    softness: ClassVar[float]
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
         """(sum of the loss, its weight, metrics): the loss of a step is sum / weight over all its parts."""
+        ...
+
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """Why nothing can be learned from a row with this aux (`Group.aux`); None where it can. It completes
+        "3 rows ..."; those rows are left out. Only rows that are compared or judged are asked about."""
         ...
 
 
@@ -80,3 +89,8 @@ class TokenLoss(Config):
     kind: ClassVar[str] = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
+    softness: ClassVar[float] = 1.0
+
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """Any row will do."""
+        return None

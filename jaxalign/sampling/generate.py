@@ -8,7 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,22 @@ def generate(model: str, data: str | Path, out: Path, config: GenerateConfig) ->
     prompts, report = read_prompts(data)
     for line in report.lines():
         _say(line)
-    engine, tokenizer, base_hash = load_engine(model, config)
-    _check_same(out, {"model": model, "sha256": base_hash, **config.model_dump(mode="json")})
+    found = answer_file(model, prompts, out, config)
+    unread = {reason: n[0] for reason, n in report.rejects.items()}
+    return replace(found, rejects={**unread, **found.rejects})
+
+
+def answer_file(model: str, prompts: Sequence[Prompt], out: Path, config: GenerateConfig) -> GenerateReport:
+    """`generate` for prompts that were read already. A file that holds all answers needs no model."""
+    about = {"model": model, **config.model_dump(mode="json")}
+    _check_same(out, about)
     done = _finished(out)
+    if all(prompt.id in done for prompt in prompts):
+        return GenerateReport(len(prompts), 0, len(done), {}, 0, 0.0)
+    engine, tokenizer, base_hash = load_engine(model, config)
+    _check_same(out, about | {"sha256": base_hash})
+    _remember(out, about | {"sha256": base_hash})
     todo, rejects = _encode(engine, tokenizer, [p for p in prompts if p.id not in done], config)
-    for reason, n in report.rejects.items():
-        rejects[reason] = rejects.get(reason, 0) + n[0]
     start, tokens = time.monotonic(), 0
     with out.open("a", encoding="utf-8") as file, _Meter(len(todo)) as meter:
         for prompt, samples in _answers(engine, todo, config):
@@ -120,10 +130,13 @@ def _row(prompt: Prompt, samples: list[Sample]) -> dict[str, Any]:
     return {**prompt.row, "id": prompt.id, "completion": samples[0].text, "completions": completions}
 
 
+def _settings_of(out: Path) -> Path:
+    return out.with_name(out.name + ".settings.json")
+
+
 def _check_same(out: Path, about: dict[str, Any]) -> None:
-    """Remember beside `out` what it is made with; refuse to go on with something else."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = out.with_name(out.name + ".settings.json")
+    """Refuses to go on with something else than `out` was made with."""
+    place = _settings_of(out)
     if out.exists() and place.exists():
         before = json.loads(place.read_text(encoding="utf-8"))
         ignored = {"batch_size", "mesh"}
@@ -134,7 +147,12 @@ def _check_same(out: Path, about: dict[str, Any]) -> None:
             raise UserError(f"it was begun with other settings: {told}", place=str(out), remedy=remedy)
     elif out.exists() and out.stat().st_size:
         raise UserError("the file exists and was not made by generate", place=str(out), remedy="name another")
-    place.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _remember(out: Path, about: dict[str, Any]) -> None:
+    """Notes beside `out` what it is made with."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _settings_of(out).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _finished(out: Path) -> set[str]:

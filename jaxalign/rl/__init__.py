@@ -1,0 +1,1 @@
+"""Learning from answers that the model samples itself: rewards, and the methods that raise them."""
