@@ -73,7 +73,7 @@ class Loop:
         self.step = self.machine.train_programs(ordered)
         self.state = self.machine.new_state()
         jax.block_until_ready(self.state)
-        keep_freed_memory()
+        keep_freed_memory(self.step.temporary)
         return self.step.prepare(self.machine.abstract_state, self.machine.weights.base, ordered[-1])
 
     def round(self, message: Mapping[str, Any]) -> dict[str, Any]:

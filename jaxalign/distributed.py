@@ -231,14 +231,28 @@ def share_arena() -> bool:
     return _mallopt({_ARENA_MAX: 1})
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(temporary: float = 0.0) -> bool:
     """Keeps what XLA's CPU backend frees from now on; whether it could (glibc on Linux, no accelerator).
 
     Every step allocates the same gigabyte of temporary memory, which glibc by default takes from the kernel
     and gives back each time: 15 % of a LoRA step of a 135M model was spent in page faults. To be called once
     weights are loaded and programs compiled, whose garbage would be kept as well.
+
+    `temporary`: bytes that the programs of the run take for a step, all added up. Kept memory gets holes,
+    and programs of several sizes fill it up (four that took 10 GB together: to 19 GB). Where it would be
+    more than an eighth of the machine's memory, everything stays as it is.
     """
+    if temporary > host_memory() / 8:
+        return False
     return _mallopt({_TRIM_THRESHOLD: -1, _MMAP_MAX: 0})
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def _mallopt(options: Mapping[int, int]) -> bool:

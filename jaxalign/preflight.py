@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxalign import distributed
 from jaxalign.errors import UserError
 from jaxalign.models.base import resolve_dtype
 from jaxalign.models.decoder import Adapter, Model
@@ -76,14 +77,8 @@ def this_machine() -> Machine:
     first, count = jax.devices()[0], jax.device_count()
     limit = (first.memory_stats() or {}).get("bytes_limit")
     if limit is None and first.platform == "cpu":
-        limit = _host_memory() / jax.local_device_count()
+        limit = distributed.host_memory() / jax.local_device_count()
     return Machine(first.device_kind, limit, count)
-
-
-def _host_memory() -> float:
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def read_config(model: str, config: TrainConfig) -> tuple[dict[str, Any], Adapter | None, bool]:

@@ -162,3 +162,7 @@ def test_memory_is_kept() -> None:
             return
         faults.append(done.stderr)
     pytest.fail("\n".join(faults))
+
+
+def test_memory_is_not_kept_where_it_would_fill_the_machine() -> None:
+    assert not distributed.keep_freed_memory(distributed.host_memory() / 4)

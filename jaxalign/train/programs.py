@@ -62,6 +62,12 @@ class Programs:
             self.seconds += time.perf_counter() - start
         return self.table[key]
 
+    @property
+    def temporary(self) -> int:
+        """Bytes that the programs take while they run, all added up; 0 where that is not known."""
+        found = (program.memory_analysis() for program in self.table.values())
+        return sum(analysis.temp_size_in_bytes for analysis in found if analysis is not None)
+
     def __call__(self, *args: Any) -> Any:
         """Runs the program of the batch's shape. Returns at once: the device works on."""
         program = self.table.get(shape_of(args[-1]))

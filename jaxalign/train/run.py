@@ -227,7 +227,7 @@ class _Run:
                 self.notice,
             )
             state, before = _state_of(machine, found), COMPILATIONS.count
-            distributed.keep_freed_memory()
+            distributed.keep_freed_memory(sum(p.temporary for p in known))
             outcome = loop.run(state, start)
         return outcome, compiled | {"late": COMPILATIONS.count - before}
 
