@@ -20,10 +20,19 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LoraConfig(Config):
-    """Low-rank adaptation (arXiv:2106.09685, eq. 3): y = x W + s (x A) B with s = alpha / rank."""
+    """Low-rank adaptation (arXiv:2106.09685, eq. 3): y = x W + s (x A) B with s = alpha / rank.
 
+    What every kind says of itself: `key`, its name in the settings of a run; `foldable`, whether it can be
+    merged into the weights; `mixes`, whether the mean of two of its trees stands between them; `rate`, its
+    usual learning rate as a multiple of LoRA's; `virtual`, the tokens that it puts before position 0.
+    """
+
+    key: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
     foldable: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
+    rate: ClassVar[float] = 1.0
+    virtual: ClassVar[int] = 0
 
     rank: int = Field(default=16, ge=1)
     """columns of A and rows of B"""

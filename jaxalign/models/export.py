@@ -78,13 +78,14 @@ def export_peft(
         raise ValueError("the model has no adapter to export")
     names = FAMILIES[model.config.model_type].names(model.config)
     form = FORMS[model.adapter.peft_type]
-    rules, tree = _with_head(form.rules(names, model.adapter), form.pack(adapter, model.config), head)
-    items = tensors(tree, [replace(r, hf=form.prefix + r.hf) for r in rules], np.float32)
+    rules = [replace(r, hf=form.prefix + r.hf) for r in form.rules(names, model.adapter)]
+    scorer = replace(HEAD, hf=form.head + HEAD.hf)
+    items = tensors(*_with_head(rules, form.pack(adapter, model.config), head, scorer), np.float32)
     metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
     with _new_folder(Path(out_dir)) as folder:
         write_files(items, folder, Path(WEIGHTS_FILE).stem, 1 << 62, metadata)
         verify(items, [folder / WEIGHTS_FILE], folder / WEIGHTS_FILE)
-        _write_json(folder / CONFIG_FILE, _adapter_config(model, source) | (_CLASSIFIER if head else {}))
+        _write_json(folder / CONFIG_FILE, _adapter_config(model, source) | (form.classifier if head else {}))
         if stop_tokens:
             _write_json(folder / "generation_config.json", {"eos_token_id": _ids(stop_tokens)})
         if tokenizer:
@@ -116,8 +117,8 @@ def export_hf(
     if out.resolve() == source.folder.resolve():
         remedy = "choose another folder"
         raise UserError("would overwrite the model it was made from", place=str(out), remedy=remedy)
-    rules, tree = _with_head(FAMILIES[model.config.model_type].names(model.config), base, head)
-    items = tensors(tree, rules, dtype)
+    rules = FAMILIES[model.config.model_type].names(model.config)
+    items = tensors(*_with_head(rules, base, head), dtype)
     with _new_folder(out) as folder:
         write_files(items, folder, "model", max_shard_bytes, {"format": "pt"})
         verify(items, safetensors_files(folder), folder)
@@ -133,12 +134,10 @@ def export_hf(
     return out
 
 
-# What makes an adapter one of a sequence classifier, whose head is saved whole.
-_CLASSIFIER = {"task_type": "SEQ_CLS", "modules_to_save": [SCORE]}
-
-
-def _with_head(rules: list[NameRule], tree: Params, head: Params | None) -> tuple[list[NameRule], Params]:
-    return (rules, tree) if head is None else ([*rules, HEAD], tree | {SCORE: head})
+def _with_head(
+    rules: list[NameRule], tree: Params, head: Params | None, rule: NameRule = HEAD
+) -> tuple[Params, list[NameRule]]:
+    return (tree, rules) if head is None else (tree | {SCORE: head}, [*rules, rule])
 
 
 def _scorer(model: Model) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,20 @@ class PeftAdapter:
             raise UserError(
                 f"the adapter is of kind {self.config.peft_type}, the run asks for {asked.peft_type}",
                 place=str(self.folder / CONFIG_FILE),
-                remedy="leave it out to train this adapter on, or start from the base",
+                remedy=f"leave {asked.key} out to train this adapter on, or {self._otherwise}",
             )
         for key in FORMS[asked.peft_type].fixed:
             mine, wanted = getattr(self.config, key), getattr(asked, key)
             if set(mine) != set(wanted) if key == "targets" else mine != wanted:
                 raise UserError(
                     f"the adapter has {key} {mine}, the run asks for {wanted}",
-                    place=f"lora.{key}",
-                    remedy=f"leave it out to train this adapter on, or merge it first: {self.folder}",
+                    place=f"{asked.key}.{key}",
+                    remedy=f"leave it out to train this adapter on, or {self._otherwise}",
                 )
+
+    @property
+    def _otherwise(self) -> str:
+        return f"merge it first: {self.folder}" if self.config.foldable else "start from its base"
 
 
 def adapter_rules(rules: list[NameRule], config: LoraConfig) -> list[NameRule]:
@@ -84,10 +88,13 @@ def adapter_rules(rules: list[NameRule], config: LoraConfig) -> list[NameRule]:
     return out
 
 
-def open_adapter(folder: Path | None, rules: list[NameRule], base_hash: str) -> PeftAdapter | None:
+def open_adapter(
+    folder: Path | None, rules: list[NameRule], base_hash: str | None = None
+) -> PeftAdapter | None:
     """Open a PEFT adapter for the base whose tensor names are `rules`; None without a folder.
 
-    Raises `UserError` for a kind of adapter that is not known here, and for one trained on another base.
+    Raises `UserError` for a kind of adapter that is not known here and, where `base_hash` is given, for one
+    trained on another base.
     """
     if folder is None:
         return None
@@ -97,8 +104,8 @@ def open_adapter(folder: Path | None, rules: list[NameRule], base_hash: str) -> 
     if not file.is_file():
         raise UserError("no such file", place=str(file), remedy="save the adapter as safetensors")
     store = open_safetensors([file])
-    trained_on = store.metadata.get(HASH_KEY, base_hash)
-    if trained_on != base_hash:
+    trained_on = store.metadata.get(HASH_KEY)
+    if trained_on and base_hash and trained_on != base_hash:
         raise UserError(
             f"the adapter was trained on another base (sha256 {trained_on[:12]}, not {base_hash[:12]})",
             place=str(file),
@@ -111,6 +118,7 @@ def open_adapter(folder: Path | None, rules: list[NameRule], base_hash: str) -> 
 def _plain_name(name: str) -> str:
     """`base_model.model.model.layers.0...lora_A.default.weight` -> `model.layers.0...lora_A.weight`."""
     name = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", name).removeprefix(PREFIX)
+    name = name.removeprefix("base_model.")  # the head beside virtual tokens
     name = re.sub(r"\.lora_magnitude_vector\..*weight$", ".lora_magnitude_vector", name)
     return name.replace("model.language_model.", "model.").removeprefix("language_model.")
 
@@ -217,6 +225,8 @@ class Form:
     fixed         the keys of our configuration in which two adapters must agree to be one
     read, write   PEFT's settings (and the layers that have tensors) -> our configuration, and back
     rules         names of the tensors, without `prefix`, from those of the base
+    head          prefix of the name of a reward model's head
+    classifier    PEFT's settings of an adapter with such a head
     pack, unpack  our tree -> the tree that `rules` names, and back
     """
 
@@ -225,13 +235,21 @@ class Form:
     write: Callable[[Any, DecoderConfig, list[NameRule]], dict[str, Any]]
     rules: Callable[[list[NameRule], Any], list[NameRule]] = _virtual_rules
     prefix: str = ""
+    head: str = "base_model."
+    classifier: dict[str, Any] = field(default_factory=lambda: {"task_type": "SEQ_CLS"})
     pack: Callable[[Params, DecoderConfig], Params] = _as_it_is
     unpack: Callable[[Params, DecoderConfig], Params] = _as_it_is
 
 
 FORMS = {
     "LORA": Form(
-        ("rank", "alpha", "rslora", "dora", "targets"), _read_lora, _write_lora, adapter_rules, PREFIX
+        ("rank", "alpha", "rslora", "dora", "targets"),
+        _read_lora,
+        _write_lora,
+        adapter_rules,
+        PREFIX,
+        head=PREFIX,
+        classifier={"task_type": "SEQ_CLS", "modules_to_save": [SCORE]},
     ),
     "PREFIX_TUNING": Form(
         ("length",),

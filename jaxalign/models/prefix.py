@@ -6,12 +6,13 @@ window too. Neither kind can be folded into the weights.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxalign.config import Config
 from jaxalign.errors import UserError
@@ -26,12 +27,20 @@ class PrefixConfig(Config):
     """Prefix tuning (arXiv:2101.00190, without its reparameterisation): keys and values that every token of
     every layer attends to. Zero is no neutral start: a zero key takes its share of the softmax."""
 
+    key: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     needs_base: ClassVar[bool] = False
     foldable: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
+    rate: ClassVar[float] = 150.0
 
     length: int = Field(default=20, ge=1)
     """number of virtual tokens"""
+
+    @property
+    def virtual(self) -> int:
+        """Tokens that stand before position 0."""
+        return self.length
 
     def make(self, name: str, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs) -> None:
         """Linear layers stay as they are."""
@@ -80,15 +89,37 @@ class Prefix(nnx.Module):
 class PromptConfig(Config):
     """Prompt tuning (arXiv:2104.08691): trained vectors where the embeddings of n tokens would stand."""
 
+    key: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     foldable: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
+    rate: ClassVar[float] = 50.0
 
     length: int = Field(default=20, ge=1)
     """number of virtual tokens"""
     init: Literal["vocab", "normal"] = "vocab"
     """start from the embeddings of tokens, or from small random numbers"""
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """ids of the tokens to start from, repeated or cut to length; none draws them at random"""
+    text: str = ""
+    """words to start from, repeated or cut to length, in place of tokens"""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        chosen = [name for name in ("tokens", "text") if getattr(self, name)]
+        chosen += ["init=normal"] if self.init == "normal" else []
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are two ways to start: leave one of them out")
+        return self
+
+    @property
+    def virtual(self) -> int:
+        """Tokens that stand before position 0."""
+        return self.length
+
+    def spelled(self, encode: Callable[[str], Sequence[int]]) -> PromptConfig:
+        """The same with the words of `text` as `tokens`."""
+        return self.model_copy(update={"tokens": tuple(encode(self.text)), "text": ""}) if self.text else self
 
     @property
     def needs_base(self) -> bool:
@@ -111,9 +142,18 @@ class PromptConfig(Config):
         return PrefixConfig(length=self.length)
 
     def begin(self, key: jax.Array, adapter: Params, base: Params, config: DecoderConfig) -> Params:
-        """The start from the base's embeddings, where that is asked for."""
+        """The start from the base's embeddings, where that is asked for. Raises `UserError` for tokens that
+        the model has not, and `ValueError` for words, which only a tokenizer can turn into tokens."""
         if not self.needs_base:
             return adapter
+        if self.text:
+            raise ValueError("words to start from are turned into tokens first: PromptConfig.spelled")
+        if max(self.tokens, default=0) >= config.vocab_size:
+            raise UserError(
+                f"there is no token {max(self.tokens)}, the model knows 0 to {config.vocab_size - 1}",
+                place="prompt.tokens",
+                remedy="name tokens of this model, or words with prompt.text",
+            )
         ids = jnp.asarray(self.tokens or (0,), jnp.int32)[jnp.arange(self.length) % max(len(self.tokens), 1)]
         if not self.tokens:
             ids = jax.random.randint(key, (self.length,), 0, config.vocab_size)

@@ -190,7 +190,7 @@ def learning_rate(config: TrainConfig, rates: tuple[float, float]) -> float:
     the kind of adapter asks for."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return rates[0] if config.adapter is None else rates[1] * config.adapter.rate
+    return rates[0] if config.adapter is None else float(f"{rates[1] * config.adapter.rate:.6g}")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class OptimConfig(Config):
     """update rule: adamw | adafactor | lion | sgd; adamw keeps two float32 numbers per parameter, lion and
     sgd one, adafactor almost none"""
     learning_rate: float | None = Field(None, gt=0)
-    """peak learning rate; null takes 2e-4 for adapters and 2e-5 for full tuning"""
+    """peak learning rate; null takes what is usual for the method and for what trains: in sft 2e-5 for every
+    weight, 2e-4 for lora, 1e-2 for prompt, 3e-2 for prefix"""
     schedule: Annotated[str, AfterValidator(_registered(SCHEDULES))] = "cosine"
     """course of the learning rate after warm-up: cosine | linear | constant | wsd; cosine and linear fall
     over the whole run, wsd (warm-up, stable, decay) only in the last `decay_ratio` of the steps"""

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxalign.models.decoder import Model
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import MeshConfig, make_mesh
+from tests.rig import random_tree
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -46,12 +48,8 @@ def tiny(**keys: Any) -> tuple[dict[str, Any], Model, dict]:
     """(config.json, model, base parameters) of a random model with `keys` over CONFIG."""
     config = CONFIG | keys
     model = Model(FAMILIES[config["model_type"]].from_hf(deepcopy(config)))
-    _, base = model.init(jax.random.key(7))
     # Norms and biases start as constants; random ones show a mix-up.
-    leaves, tree = jax.tree.flatten(base)
-    keys_ = jax.random.split(jax.random.key(8), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys_, strict=True)]
-    return config, model, jax.tree.unflatten(tree, leaves)
+    return config, model, jax.tree.map(jnp.asarray, random_tree(model.shapes()[1], 7))
 
 
 def state_dict(model: Model, base: dict, dtype: Any = np.float32) -> dict[str, np.ndarray]:

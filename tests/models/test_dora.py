@@ -215,8 +215,9 @@ def test_it_goes_out_and_comes_back(tmp_path: Any, monkeypatch: Any, sizes: dict
     source = resolve(str(write_folder(tmp_path / "source", raw, state_dict(model, base))))
     asked = LoraConfig(rank=4, alpha=8.0, targets=("q", "o", "up"), dora=True)
     got = load_model(source, mesh(**sizes), adapter=asked)
-    adapter = got.model.init_adapter(jax.random.key(1), got.base)
-    adapter = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(2), x.shape), adapter)
+    adapter = quick_jit(got.model.init_adapter)(jax.random.key(1), got.base)
+    noise = random_tree(got.model.shapes()[0], 2)
+    adapter = jax.tree.map(lambda x, n: jax.device_put(x + n, x.sharding), adapter, noise)
     out = export_peft(got.model, adapter, source, tmp_path / "out", base_hash=got.base_hash)
     again = load_model(resolve(str(out)), mesh(**sizes))
     assert again.model.adapter == asked

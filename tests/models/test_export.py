@@ -21,6 +21,7 @@ from jaxalign.models.load import load_model
 from jaxalign.models.source import resolve
 from tests.models.gguf_write import KIND, write_gguf
 from tests.models.hf_folder import mesh, state_dict, tiny, write_folder
+from tests.rig import random_tree
 
 MESHES = [{}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -42,9 +43,7 @@ def loaded_with_adapter(tmp_path, sizes=None, **keys):
     source = resolve(str(source_folder(tmp_path)))
     lora = LoraConfig(**({"rank": 4, "alpha": 8.0, "targets": ("q", "o", "up")} | keys))
     got = load_model(source, mesh(**(sizes or {})), adapter=lora)
-    adapter = got.model.init_adapter(jax.random.key(1))
-    adapter = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(2), x.shape), adapter)
-    return got, adapter
+    return got, jax.tree.map(jnp.asarray, random_tree(got.model.shapes()[0], 1))
 
 
 def assert_same(got, want):

@@ -202,8 +202,8 @@ def test_a_model_over_a_quantised_base(base: Any, kind: Any, dora: bool) -> None
     """It is the model over the dequantised base: at the start, adapted, merged, its gradients; and the start
     is the quantised base itself."""
     model = tiny_model(LORA.model_copy(update={"dora": dora}), CONFIG)
-    low = quantise_base(jax.tree.map(jnp.asarray, base), kind)
-    dense = dequantise_base(low, jnp.float32)
+    low = quick_jit(lambda b: quantise_base(b, kind))(base)
+    dense = quick_jit(lambda b: dequantise_base(b, jnp.float32))(low)
     assert isinstance(low["layers"]["mlp"]["up"]["kernel"], KINDS[kind])
     assert np.array_equal(low["embed"]["embedding"], base["embed"]["embedding"])
     run = quick_jit(lambda a, b: forward(model, a, b))
@@ -221,7 +221,7 @@ def test_a_model_over_a_quantised_base(base: Any, kind: Any, dora: bool) -> None
     merged = quick_jit(model.merge)(adapter, low)
     kernel = merged["layers"]["attn"]["q"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
-    exact = model.merge(adapter, dense)["layers"]["attn"]["q"]["kernel"]
+    exact = quick_jit(model.merge)(adapter, dense)["layers"]["attn"]["q"]["kernel"]
     np.testing.assert_allclose(kernel.astype(jnp.float32), exact, rtol=4e-3)
 
 
@@ -284,7 +284,7 @@ def shardings_of(model: Model, on: Any) -> Any:
 
 def test_gradients_agree_over_meshes(folder: Any) -> None:
     got = []
-    for sizes in ({}, *MESHES):
+    for sizes in ({}, MESHES[1]):
         on = mesh(**sizes)
         loaded = load_model(folder, on, adapter=LORA.model_copy(update={"dora": True}), quantise="nf4")
         model = replace(loaded.model, constrain=constrainer(on))

@@ -15,12 +15,16 @@ import jax
 import numpy as np
 import torch
 
+from jaxalign.config import load_config
 from jaxalign.models.export import export_peft
 from jaxalign.models.load import load_model
 from jaxalign.models.prefix import PrefixConfig, PromptConfig
 from jaxalign.models.source import resolve
 from jaxalign.sharding import MeshConfig, make_mesh
-from tests.parity.test_export_parity import FAMILIES, close, from_pretrained, ours, saved, theirs
+from jaxalign.train.run import train
+from jaxalign.train.settings import config_for
+from tests.parity.test_export_parity import FAMILIES, TOKENS, close, from_pretrained, ours, saved, theirs
+from tests.train.tiny import write_model, write_rows
 
 # peft asks transformers for this by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -81,3 +85,25 @@ def test_a_projected_prefix_is_loaded_as_what_it_comes_to(tmp_path: Path) -> Non
     )
     loaded = load_model(resolve(str(tmp_path / "a")), make_mesh(MeshConfig(), jax.devices()[:1]))
     close(ours(loaded), theirs(adapted))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_run_leaves_peft_loads(tmp_path: Path, kind: str) -> None:
+    """The run's folder names its base and its kind; its logits are ours, and far from the base's."""
+    write_model(tmp_path / "model")
+    keys = [
+        "max_steps=3",
+        "batch_size=8",
+        "learning_rate=1",
+        "warmup_ratio=0",
+        "dtype=f32",
+        f"{kind}.length=5",
+    ]
+    config = load_config(config_for("sft"), overrides=keys)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    out = train("sft", str(tmp_path / "model"), rows, tmp_path / "out", config).result
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    logits = theirs(adapted)
+    close(ours(load_model(resolve(str(tmp_path / "out")), make_mesh(MESH))), logits[:, -TOKENS.shape[1] :])
+    plain = theirs(from_pretrained(tmp_path / "model"))
+    assert np.abs(logits[:, -TOKENS.shape[1] :] - plain).max() > 0.05

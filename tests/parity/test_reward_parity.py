@@ -48,16 +48,15 @@ def theirs(model: torch.nn.Module) -> np.ndarray:
         return np.array([float(model.eval()(row).logits[0, 0]) for row in rows])
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_scores_are_those_of_transformers(tmp_path: Path, full: bool) -> None:
+@pytest.mark.parametrize("key", ["lora.rank=16", "lora=null", "prefix.length=4", "prompt.length=4"])
+def test_scores_are_those_of_transformers(tmp_path: Path, key: str) -> None:
     write_model(tmp_path / "model")
-    keys = [*KEYS, *(["lora=null"] if full else [])]
-    config = load_config(config_for("reward"), overrides=keys)
+    config = load_config(config_for("reward"), overrides=[*KEYS, key])
     data = write(tmp_path / "pairs.jsonl", ROWS["pairs"])
     result = train("reward", str(tmp_path / "model"), data, tmp_path / "out", config).result
     mine = ours(load_model(resolve(str(tmp_path / "out")), make_mesh()))
     assert np.ptp(mine) > 0.01
-    if full:
+    if config.adapter is None:
         other = AutoModelForSequenceClassification.from_pretrained(result, dtype=torch.float32)
     else:
         base = tmp_path / "model"
