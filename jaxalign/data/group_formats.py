@@ -195,7 +195,7 @@ def _lists_to_pairs(record: ScoredRecord, options: GroupOptions) -> Sequence[Par
 
 def _lists_to_binary(record: ScoredRecord, options: GroupOptions) -> Sequence[Part]:
     if options.threshold is None:
-        raise RowError("scores become labels only with a threshold")
+        raise RowError("scores become labels only with a threshold (threshold=...)")
     return scored_to_binary(record, options.threshold)
 
 

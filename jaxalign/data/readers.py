@@ -246,7 +246,7 @@ def count_contradictions(records: Sequence[GroupRecord]) -> int:
 
 def check_bad(report: LoadReport, max_bad_rows: float, place: str, known: str = KNOWN) -> None:
     """Raise `UserError` when too many rows are at fault or none is left."""
-    remedy = "\n  ".join([*report.lines()[1:], f"rows known: {known}"])
+    remedy = "\n  ".join([*report.lines()[1:], *_remedies(report, known)])
     # One row may hold many records, and as many faults.
     total = max(report.rows, report.records + report.rejected, 1)
     if report.rejected > max_bad_rows * total:
@@ -254,6 +254,17 @@ def check_bad(report: LoadReport, max_bad_rows: float, place: str, known: str = 
         raise UserError(cause, place=place, remedy=remedy)
     if not report.records:
         raise UserError("no usable row", place=place, remedy=remedy)
+
+
+# What reasons begin with that are about the form of the rows, and not about what stands in one of them.
+_FORM = ("unknown columns", "the row is not an object")
+
+
+def _remedies(report: LoadReport, known: str) -> list[str]:
+    """What helps against the faults of a report: another form, or mended rows."""
+    about_form = [reason.startswith(_FORM) or " does not make " in reason for reason in report.rejects]
+    out = [f"rows known: {known}"] if any(about_form) or not report.rejects else []
+    return out if all(about_form) else ["mend these rows, or raise max_bad_rows to go on without them", *out]
 
 
 def unique_ids(rows: list[Item]) -> list[Item]:

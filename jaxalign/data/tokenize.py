@@ -171,7 +171,7 @@ def tokenize_groups(
     for index, record, parts in _encoded_groups(records, tokenizer, counts):
         members = counts.fit(index, record, parts, cut, max_length)
         if members:
-            groups.append(Group(record.id, members, record.aux, record.family))
+            groups.append(Group(record.id, members, record.aux, record.family, record.place))
     members = [member for group in groups for member in group.members]
     report = replace(counts.report(len(records), members), examples=len(groups))
     _check(report, records, tokenizer, counts.empty)

@@ -1,4 +1,4 @@
-"""Losses over pairs that are made of others: a term beside DPO, weights on pairs or tokens, and mixtures."""
+"""Losses over pairs that are made of others: a term beside DPO, weights on pairs or tokens."""
 
 from __future__ import annotations
 
@@ -72,25 +72,3 @@ class LDDPO(Paired):
     def loss(self, pair: Pair) -> jax.Array:
         """float32 [B]."""
         return -log_sigmoid(self.beta * pair.delta)
-
-
-class MPO(Paired):
-    """Mixed preference optimisation (arXiv:2411.10442): preference, quality and generation,
-    L = a DPO + b BCO + c NLL_w, the last a mean over the tokens of the step."""
-
-    needs: ClassVar[frozenset[str]] = REFERENCE | {"tokens_per_group"}
-    rates: ClassVar[tuple[float, float]] = (5e-6, 5e-5)
-
-    preference: float = Field(default=0.8, ge=0)
-    """a: weight of DPO"""
-    quality: float = Field(default=0.2, ge=0)
-    """b: weight of the binary classifier"""
-    generation: float = Field(default=1.0, ge=0)
-    """c: weight of the negative log-likelihood of the chosen answers"""
-
-    def loss(self, pair: Pair) -> jax.Array:
-        """float32 [B]."""
-        chosen, rejected = self.beta * pair.chosen.ratio, self.beta * pair.rejected.ratio
-        quality = -log_sigmoid(chosen) - log_sigmoid(-rejected)
-        mixed = self.quality * quality - self.preference * log_sigmoid(chosen - rejected)
-        return mixed + self.generation * pair.nll

@@ -5,7 +5,7 @@ Scores of the answers are aux "scores", float32 [B, G], higher is better, NaN be
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,29 @@ class Listed(TokenLoss):
 class LiPO(Listed):
     """LiPO-lambda (arXiv:2402.01878): over pairs with score i above score j,
     L = sum |G_i - G_j| |1 / D_i - 1 / D_j| softplus(s_j - s_i), s = beta log p / p_ref, G = 2^score - 1,
-    D = log(1 + rank by s). Scores lie in 0..1. With two answers and a weight of 1 it is DPO."""
+    D = log(1 + rank by s). In G the scores lie in 0..1, as `labels` says. With two answers and a weight of 1
+    it is DPO."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"ref"})
 
     beta: float = Field(default=0.05, gt=0)
     """strength of the pull towards the reference"""
+    labels: Literal["wins", "minmax", "scores"] = "wins"
+    """what scores become before they weigh pairs. wins: the share of the list's other answers that an answer
+    beats, as in the paper, for scores of any scale; minmax: 0 for a list's worst score to 1 for its best;
+    scores: as they are, from 0 to 1"""
+
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """Scores that no gain is meant for."""
+        if self.labels != "scores" or ((aux["scores"] >= 0) & (aux["scores"] <= 1)).all():
+            return None
+        return "have scores outside 0 to 1, which labels=wins and labels=minmax take"
 
     def __call__(self, scores: Scores, batch: Batch) -> Result:
         """The sum over the lists, and their number."""
         each = answers(scores)
-        present, labels = each.length > 0, batch.aux["scores"]
+        present = each.length > 0
+        labels = LABELS[self.labels](jnp.where(present, batch.aux["scores"], 0.0), present)
         return reduce_lists(self.loss(scaled_ratio(self, each), labels, present), present)
 
     def loss(self, score: jax.Array, labels: jax.Array, present: jax.Array) -> jax.Array:
@@ -53,6 +65,26 @@ class LiPO(Listed):
         weight = jnp.abs(gap(gain)) * jnp.abs(gap(1 / discount))
         counts = (gap(labels) > 0) & present[..., :, None] & present[..., None, :]
         return jnp.where(counts, weight * jax.nn.softplus(-gap(score)), 0.0).sum(axis=(-2, -1))
+
+
+def _wins(scores: jax.Array, present: jax.Array) -> jax.Array:
+    """The share of a list's other answers that each beats, ties half: what the ranker's mean probability to
+    win (arXiv:2402.01878, section 3) is where it is sure."""
+    gap = scores[..., :, None] - scores[..., None, :]
+    others = present[..., None, :] & ~jnp.eye(scores.shape[-1], dtype=bool)
+    beats = jnp.where(others, (1 + jnp.sign(gap)) / 2, 0.0).sum(axis=-1)
+    return beats / jnp.maximum(others.sum(axis=-1), 1)
+
+
+def _minmax(scores: jax.Array, present: jax.Array) -> jax.Array:
+    """0 for the worst of a list, 1 for the best; 0 where all are equal."""
+    low = jnp.where(present, scores, jnp.inf).min(axis=-1, keepdims=True)
+    high = jnp.where(present, scores, -jnp.inf).max(axis=-1, keepdims=True)
+    return jnp.where(high > low, (scores - low) / jnp.where(high > low, high - low, 1.0), 0.0)
+
+
+# float32 [B, G] of scores [B, G] and of which answers are there, bool [B, G]; anything for those that are not
+LABELS = {"wins": _wins, "minmax": _minmax, "scores": lambda scores, present: scores}
 
 
 class PRO(Listed):

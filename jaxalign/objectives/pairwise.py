@@ -6,7 +6,7 @@ d = D_w - D_l, z = beta d, and s the logistic function.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +242,10 @@ class ODPO(Paired):
     """a: what the scores' difference is worth against log-ratios; 0 is DPO"""
     scale: Literal["log", "identity"] = "log"
     """f: how the difference of the scores enters"""
+
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """A margin of 0: no order to learn, and no logarithm."""
+        return None if aux["margin"] > 0 else "have a margin that is not above 0"
 
     def loss(self, pair: Pair) -> jax.Array:
         """float32 [B]."""

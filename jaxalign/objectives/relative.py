@@ -1,6 +1,6 @@
 """Relative preference optimisation: a chosen answer against the rejected ones of other prompts as well.
 
-Every pair of a step is compared with all others, so this loss wants the whole batch at once.
+Every row of a step is compared with all others, so these losses want the whole batch at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, softmax
 from pydantic import Field
 
-from jaxalign.objectives.answers import Pair, Result, reduce_pairs
+from jaxalign.objectives.answers import Pair, Result, answers, reduce_pairs
 from jaxalign.objectives.base import Scores
 from jaxalign.objectives.pairwise import REFERENCE, Paired
+from jaxalign.objectives.unpaired import Labelled, reduce_rows
 from jaxalign.types import Batch
+
+_ABSENT = -1e30  # in a softmax over nothing this still leaves numbers
 
 
 class RelativeRPO(Paired):
@@ -44,13 +47,16 @@ class RelativeRPO(Paired):
 
 
 def _by_similarity(o: RelativeRPO, z: jax.Array, prompt: jax.Array, present: jax.Array) -> jax.Array:
-    unit = prompt / jnp.maximum(jnp.linalg.norm(prompt, axis=-1, keepdims=True), 1e-12)
-    nearness = (unit @ unit.T - 1) / o.temperature
-    # A padded row keeps one finite entry, so that its softmax is finite before it is left out.
-    seen = present[None] | jnp.eye(len(present), dtype=bool)
-    weight = jax.lax.stop_gradient(softmax(jnp.where(seen, nearness, -jnp.inf), axis=-1))
+    weight = _weights(prompt, o.temperature, present)
     each = jnp.where(present[None], -log_sigmoid(weight * z), 0.0)
     return each.sum(axis=-1) / jnp.maximum(present.sum(), 1)
+
+
+def _weights(prompt: jax.Array, temperature: float, seen: jax.Array) -> jax.Array:
+    """softmax_j(-(1 - cos(e_i, e_j)) / t) [B, B] over the j that are `seen` [B]; no gradient."""
+    unit = prompt / jnp.maximum(jnp.linalg.norm(prompt, axis=-1, keepdims=True), 1e-12)
+    nearness = (unit @ unit.T - 1) / temperature
+    return jax.lax.stop_gradient(softmax(jnp.where(seen[None], nearness, _ABSENT), axis=-1))
 
 
 def _by_diagonal(o: RelativeRPO, z: jax.Array, prompt: jax.Array, present: jax.Array) -> jax.Array:
@@ -61,3 +67,30 @@ def _by_diagonal(o: RelativeRPO, z: jax.Array, prompt: jax.Array, present: jax.A
 
 
 CONTRASTS = {"similarity": _by_similarity, "diagonal": _by_diagonal}
+
+
+class RelativeUnpaired(Labelled):
+    """Relative preference optimisation over single answers (arXiv:2402.10958, unpaired): the wanted answers i
+    of a step against all unwanted ones j, L_i = mean_j -log s(beta w_ij (D_i - D_j)),
+    w_i = softmax_j(-(1 - cos(e_i, e_j)) / t), e the prompts' vectors."""
+
+    needs: ClassVar[frozenset[str]] = REFERENCE | {"whole_batch", "prompt"}
+
+    temperature: float = Field(default=0.5, gt=0)
+    """t: lower looks at similar prompts only"""
+
+    def __call__(self, scores: Scores, batch: Batch) -> Result:
+        """The sum over the wanted rows, and their number; both are 0 in a step that has one label only."""
+        own, label = answers(scores).member(0), batch.aux["label"]
+        present = own.length > 0
+        loss, counts = self.loss(own.ratio, scores.prompt, present & label, present & ~label)
+        _, _, metrics = reduce_rows(loss, self.reward(own), own, label)
+        return jnp.where(counts, loss, 0.0).sum(), counts.sum().astype(jnp.float32), metrics
+
+    def loss(
+        self, ratio: jax.Array, prompt: jax.Array, wanted: jax.Array, unwanted: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(float32 [B], bool [B] of the rows that it is a loss of)."""
+        z = self.beta * _weights(prompt, self.temperature, unwanted) * (ratio[:, None] - ratio[None])
+        each = jnp.where(unwanted[None], -log_sigmoid(z), 0.0)
+        return each.sum(axis=-1) / jnp.maximum(unwanted.sum(), 1), wanted & unwanted.any()

@@ -25,6 +25,11 @@ class RewardLoss(Config):
     kind: ClassVar[str] = "reward"
     rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
     defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
+    softness: ClassVar[float] = 1.0
+
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """Any row will do."""
+        return None
 
 
 class BradleyTerry(RewardLoss):
@@ -49,7 +54,8 @@ class BradleyTerry(RewardLoss):
         scores, present = _shown(scores, batch)
         margin = batch.aux["margin"] if self.margin_weight else 0.0
         loss = self.loss(scores, jnp.where(present.all(axis=-1), margin, 0.0))
-        return _reduce(loss, present, ranking("rewards", scores))
+        total, count, metrics = _reduce(loss, present, ranking("rewards", scores))
+        return total, count, metrics | follows_length(scores, batch)
 
     def loss(self, scores: jax.Array, margin: Any) -> jax.Array:
         """float32 [B] of rewards [B, 2] and margins [B]."""
@@ -79,6 +85,7 @@ class KWise(RewardLoss):
             "rewards/margins": over(gap),
             "rewards/accuracies": over((gap > 0).astype(jnp.float32)),
             "rewards/mean": (scores.sum(), answers),
+            **follows_length(scores, batch),
         }
         return total, count, jax.tree.map(jax.lax.stop_gradient, metrics)
 
@@ -107,6 +114,12 @@ class Rating(RewardLoss):
     highest: float = 1.0
     """the best score of the scale"""
 
+    def fault(self, aux: dict[str, Any]) -> str | None:
+        """Ratings that the scale has not."""
+        if ((aux["scores"] >= self.lowest) & (aux["scores"] <= self.highest)).all():
+            return None
+        return f"have scores outside lowest={self.lowest:g} to highest={self.highest:g}"
+
     @model_validator(mode="after")
     def _scale(self) -> Rating:
         if self.lowest >= self.highest:
@@ -127,6 +140,7 @@ class Rating(RewardLoss):
             "ratings/predicted": over(sigmoid(scores)),
             "ratings/given": over(target),
             "ratings/error": over(jnp.abs(sigmoid(scores) - target)),
+            **follows_length(scores, batch),
         }
         return over(self.loss(scores, target))[0], count, jax.tree.map(jax.lax.stop_gradient, metrics)
 
@@ -154,7 +168,8 @@ class Cost(RewardLoss):
         sign = jnp.where(batch.aux["safe"], 1.0, -1.0)
         right = (sign * scores < 0).astype(jnp.float32).mean(axis=-1)
         metrics = ranking("costs", scores, lower=True) | {"costs/sign_accuracies": right}
-        return _reduce(self.loss(scores, sign), present, metrics)
+        total, count, metrics = _reduce(self.loss(scores, sign), present, metrics)
+        return total, count, metrics | follows_length(scores, batch)
 
     def loss(self, scores: jax.Array, sign: jax.Array) -> jax.Array:
         """float32 [B] of costs and signs [B, 2]."""
@@ -172,6 +187,21 @@ def ranking(name: str, scores: jax.Array, lower: bool = False) -> dict[str, jax.
         f"{name}/margins": margin,
         f"{name}/accuracies": (margin > 0).astype(jnp.float32),
     }
+
+
+def follows_length(scores: jax.Array, batch: Batch) -> Metrics:
+    """`length_correlation`: Goodman and Kruskal's gamma of score and length over pairs of answers to one
+    prompt, the share in which the longer one scores higher less the share in which it scores lower.
+
+    A correlation that is a sum over pairs: parts of a step add up, and evaluation by length does not bend it.
+    """
+    length = jnp.asarray(batch.mask).sum(axis=-1)
+    present = length > 0
+    gap = lambda x: jnp.sign(x[:, :, None] - x[:, None, :]).astype(jnp.float32)  # noqa: E731
+    same = gap(scores) * gap(length)
+    counts = present[:, :, None] & present[:, None, :] & (same != 0)
+    over = (jnp.where(counts, same, 0.0).sum(), counts.sum().astype(jnp.float32))
+    return {"length_correlation": jax.tree.map(jax.lax.stop_gradient, over)}
 
 
 def _shown(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -148,7 +148,7 @@ def moved_where_nothing_counts(given: Sample) -> Sample:
         hidden = ~s.mask.reshape(s.mask.shape + (1,) * (x.ndim - 3))
         return (x + np.where(hidden, rng.standard_normal(x.shape), 0.0)).astype(np.float32)
 
-    named = [f.name for f in fields(s) if f.name not in ("mask", "prompt")]
+    named = [f.name for f in fields(s) if f.name not in ("mask", "prompt") and getattr(s, f.name) is not None]
     return replace(given, scores=replace(s, **{name: move(getattr(s, name)) for name in named}))
 
 

@@ -80,6 +80,8 @@ def test_it_says_what_it_is(name: str) -> None:
     assert cls.__call__.__doc__
     assert all(info.description for info in cls.model_fields.values()), "every key is explained"
     assert hash(objective) == hash(cls()), "a setting, not an object with a state"
+    row = {key: value[0][~np.isnan(value[0])] for key, value in ordinary(name).batch.aux.items()}
+    assert objective.data == "sft" or objective.fault(row) is None
 
 
 @EVERY

@@ -137,9 +137,15 @@ def test_every_bad_pair_is_counted_by_name(reason, row, tmp_path):
 def test_too_many_bad_pairs_stop_and_name_the_known_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [pair_of(), pair_of(margin=-1)])
     with pytest.raises(
-        UserError, match=r"1 of 2 rows cannot be used.*\n.*negative margin.*\n.*ultrafeedback"
+        UserError, match=r"1 of 2 rows cannot be used.*\n.*negative margin.*\n.*mend these rows"
     ):
         read_groups(path, "pairs")
+    strange = write_jsonl(tmp_path / "b.jsonl", [pair_of(), {"question": "?"}])
+    with pytest.raises(
+        UserError, match=r"1 of 2 rows.*\n.*unknown columns \(question\).*\n.*ultrafeedback"
+    ) as caught:
+        read_groups(strange, "pairs")
+    assert "mend these rows" not in str(caught.value)
     with pytest.raises(UserError, match=r"unknown kind of rows 'pair'; did you mean 'pairs'"):
         read_groups(path, "pair")
     with pytest.raises(UserError, match=r"unknown pairs 'ajacent'; did you mean 'adjacent'"):
@@ -266,8 +272,11 @@ def test_policies_of_pairs():
     assert places(record, "all_pairs") == [(1, 0), (1, 3), (2, 0), (2, 3), (0, 3)]
     assert places(record, "adjacent") == [(2, 0), (0, 3)]
     assert places(record, "best_vs_worst") == [(1, 3)]
+    assert places(record, "best_vs_rest") == [(1, 3), (1, 0)]
+    assert places(ranked(1, 4, 2, 3), "best_vs_rest") == [(1, 0), (1, 2), (1, 3)]
+    assert [pair.margin for pair in scored_to_pairs(ranked(1, 4, 2, 3), "best_vs_rest")] == [3, 2, 1]
     assert places(record, "all_pairs", best=3) == [(1, 0), (2, 0)]
-    for policy in ("all_pairs", "adjacent", "best_vs_worst", "best_vs_random_lower"):
+    for policy in ("all_pairs", "adjacent", "best_vs_worst", "best_vs_rest", "best_vs_random_lower"):
         assert scored_to_pairs(ranked(5, 5), policy) == []
     with pytest.raises(RowError, match="fewer than two answers with a score"):
         scored_to_pairs(ranked(5, None), "adjacent")
@@ -317,7 +326,7 @@ def test_pairs_and_lists_become_labels(tmp_path):
     assert found == [("p:chosen", HI, True, "p"), ("p:rejected", NO, False, "p")]
     assert [r.label for r in scored_to_binary(ranked(1, 3, None, 2), 2.0)] == [False, True, True]
     path = write_jsonl(tmp_path / "a.jsonl", [SCORED["completions"]])
-    with pytest.raises(UserError, match="scores become labels only with a threshold"):
+    with pytest.raises(UserError, match=r"scores become labels only with a threshold \(threshold="):
         read_groups(path, "binary")
     records, _ = read_groups(path, "binary", options=GroupOptions(threshold=2))
     assert [bool(r.aux["label"]) for r in records] == [False, True]

@@ -13,7 +13,7 @@ import pytest
 from jaxalign.objectives.answers import Answers, Pair
 from jaxalign.objectives.base import RIVALS, Scores
 from jaxalign.objectives.listwise import D2O
-from jaxalign.objectives.relative import RelativeRPO
+from jaxalign.objectives.relative import RelativeRPO, RelativeUnpaired
 from jaxalign.objectives.token_contrastive import Cringe, CringePair
 from jaxalign.types import Batch
 from tests.objectives.test_pairs import batch_for, fixture_pair, published, scores  # noqa: F401
@@ -69,6 +69,31 @@ def test_similar_prompts_count_more() -> None:
 
     slope = jax.grad(first)(pair.rejected.logp)
     assert slope[0] > slope[1] > slope[2] > 0
+
+
+def test_relative_without_pairs() -> None:
+    """Every wanted answer against every unwanted one, near prompts first: written out with loops."""
+    ratio, label = np.array([1.0, -0.5, -1.0, 0.5, 9.0]), np.array([True, True, False, False, False])
+    prompt = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
+    unit = prompt / np.linalg.norm(prompt, axis=1, keepdims=True)
+    want = []
+    for i in (0, 1):
+        weight = np.exp(-(1 - unit[i] @ unit[2:4].T) / 0.5)
+        z = 0.1 * weight / weight.sum() * (ratio[i] - ratio[2:4])
+        want.append(np.log1p(np.exp(-z)).mean())
+    tokens = jnp.asarray(ratio, jnp.float32)[:, None, None]
+    mask, zeros = jnp.asarray(np.arange(5) < 4)[:, None, None], jnp.zeros_like(tokens)
+    s = Scores(tokens, zeros, zeros, zeros, zeros, mask, ref=zeros, prompt=jnp.asarray(prompt, jnp.float32))
+    objective = RelativeUnpaired(beta=0.1, temperature=0.5)
+    total, count, metrics = objective(s, Batch(mask, mask, mask, mask, {"label": jnp.asarray(label)}))
+    np.testing.assert_allclose(total, sum(want), rtol=1e-5)
+    assert count == 2
+    assert metrics["rewards/rejected"] == (pytest.approx(0.1 * -0.5), 2)
+    alone = objective(s, Batch(mask, mask, mask, mask, {"label": jnp.ones(5, bool)}))
+    assert alone[:2] == (0, 0), "nothing to compare with"
+    one = jax.tree.map(lambda x: x[jnp.array([0, 2])], s)
+    pair = objective(one, Batch(*[one.mask] * 4, {"label": jnp.array([True, False])}))
+    np.testing.assert_allclose(pair[0], np.log1p(np.exp(-0.1 * 2)), rtol=1e-5)  # DPO
 
 
 def test_d2o(published: dict[str, Any]) -> None:  # noqa: F811

@@ -121,3 +121,27 @@ def test_ratings() -> None:
 def test_settings_that_cannot_work(make: Any, word: str) -> None:
     with pytest.raises(ValidationError, match=word):
         make()
+
+
+@pytest.mark.parametrize("objective", [BradleyTerry(), KWise(), Rating(highest=3), Cost()])
+def test_every_reward_loss_says_how_scores_follow_lengths(objective: Any) -> None:
+    """The share of pairs within a group in which the longer answer scores higher, less the others."""
+    rng = np.random.default_rng(0)
+    group = objective.group or 4
+    length, scores = rng.integers(0, 4, (6, group)), rng.normal(size=(6, group)).astype(np.float32)
+    mask = np.arange(3) < length[..., None]
+    aux = {"safe": length > 1, "scores": length.astype(np.float32)}
+    got = objective(jnp.asarray(scores), Batch(mask, mask, mask, mask, aux))[2]["length_correlation"]
+    there = [(b, i, j) for b in range(6) for i in range(group) for j in range(group) if length[b, i] > 0]
+    signs = [
+        np.sign(scores[b, i] - scores[b, j])
+        for b, i, j in there
+        if length[b, i] > length[b, j] and length[b, j] > 0
+    ]
+    np.testing.assert_allclose(got[0] / got[1], np.mean(signs), rtol=1e-6)
+
+
+def test_ratings_outside_the_scale_are_named() -> None:
+    rated = {"scores": np.array([4.0, 1.0], np.float32)}
+    assert Rating(lowest=1, highest=5).fault(rated) is None
+    assert Rating(lowest=2, highest=5).fault(rated) == "have scores outside lowest=2 to highest=5"

@@ -132,6 +132,42 @@ def test_two_answers_under_lipo_are_dpo_with_a_weight() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("labels", "want"),
+    [
+        ("wins", [[1, 0.5, 0], [0.75, 0.75, 0], [1, 0, 0]]),
+        ("minmax", [[1, 2 / 3, 0], [1, 1, 0], [1, 0, 0]]),
+    ],
+)
+def test_scores_of_any_scale_become_labels(labels: Any, want: list[list[float]]) -> None:
+    """Ranks as OASST gives them, ties, and a list of two."""
+    scores = jnp.array([[0.0, -1.0, -3.0], [7.0, 7.0, 2.0], [90.0, 10.0, jnp.nan]])
+    present = jnp.array([[True] * 3, [True] * 3, [True, True, False]])
+    given = jnp.where(present, scores, 0.0)
+    got = listwise.LABELS[labels](given, present)
+    np.testing.assert_allclose(jnp.where(present, got, 0.0), want, rtol=1e-6)
+    s, batch = grouped(3, 3)
+    s = jax.tree.map(lambda x: jnp.where(present[..., None], x, jnp.zeros_like(x)), s)
+    batch.aux["scores"] = scores
+    objective = listwise.LiPO(labels=labels)
+    ratio = jnp.where(s.mask, s.logp - s.ref, 0.0).sum(-1)
+    total = objective(s, batch)[0]
+    here = s.mask.any(-1)
+    np.testing.assert_allclose(
+        total,
+        objective.loss(objective.beta * ratio, listwise.LABELS[labels](given, here), here).sum(),
+        rtol=1e-5,
+    )
+    assert total > 0
+
+
+def test_scores_that_are_taken_as_they_are_lie_in_0_to_1() -> None:
+    plain = listwise.LiPO(labels="scores")
+    assert plain.fault({"scores": np.array([1.0, 0.0], np.float32)}) is None
+    assert "outside 0 to 1" in str(plain.fault({"scores": np.array([-1.0, 0.5], np.float32)}))
+    assert listwise.LiPO().fault({"scores": np.array([-1.0, 0.5], np.float32)}) is None
+
+
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_sorted_batches(published: dict[str, Any], name: str) -> None:  # noqa: F811
     objective = {"aot": transport.AOT(), "aot_unpaired": transport.AOTUnpaired()}[name]

@@ -117,10 +117,23 @@ def test_dpo_learns_the_pairs(here: Path, dpo: RunResult) -> None:
     assert evaluated[-1]["eval_rewards/accuracies"] > 0.5
 
 
-@pytest.mark.parametrize("mode", [pytest.param("frozen", marks=pytest.mark.slow), "precomputed"])
-def test_the_reference_is_the_same_wherever_it_comes_from(here: Path, dpo: RunResult, mode: str) -> None:
-    other = run(here, here / mode, "dpo", f"reference.mode={mode}")
-    assert_close(other.folder, dpo.folder)
+@pytest.fixture(scope="module")
+def kept(here: Path) -> RunResult:
+    """DPO with the reference's log-probs in a file."""
+    return run(here, here / "kept", "dpo", *kept_in(here))
+
+
+def kept_in(here: Path) -> list[str]:
+    return ["reference.mode=precomputed", f"reference.cache={here / 'kept.npz'}"]
+
+
+def test_the_reference_is_the_same_precomputed(dpo: RunResult, kept: RunResult) -> None:
+    assert_close(kept.folder, dpo.folder)
+
+
+@pytest.mark.slow
+def test_the_reference_is_the_same_frozen(here: Path, dpo: RunResult) -> None:
+    assert_close(run(here, here / "frozen", "dpo", "reference.mode=frozen").folder, dpo.folder)
 
 
 @pytest.mark.slow
@@ -164,9 +177,9 @@ def test_a_moving_reference_moves(here: Path, tmp_path: Path) -> None:
     assert losses[2] < losses[0] - 1e-3
 
 
+@pytest.mark.usefixtures("kept")
 def test_log_probs_of_other_weights_or_rows_are_refused(here: Path, tmp_path: Path) -> None:
-    keys = ["reference.mode=precomputed", f"reference.cache={tmp_path / 'kept.npz'}"]
-    run(here, tmp_path / "a", "dpo", *keys)
+    keys = kept_in(here)
     run(here, tmp_path / "b", "ipo", *keys)  # the same log-probs serve another loss
     fewer = write(tmp_path / "fewer.jsonl", ROWS["pairs"][:20])
     with pytest.raises(UserError, match="of other rows than the run's") as caught:
@@ -205,6 +218,16 @@ def test_a_reward_model_trains_on_from_its_head(here: Path, tmp_path: Path) -> N
         ("kto", ["reference.mode=precomputed"], None, "kto compares each prompt with answers of other rows"),
         ("kto", [], [labelled(i) | {"label": True} for i in range(20)], "all 20 rows have the label True"),
         ("odpo", [], [pair(i) for i in range(20)], "20 of 20 rows have no margin"),
+        (
+            "odpo",
+            [],
+            [pair(i, margin=float(i > 3)) for i in range(20)],
+            "4 of 20 rows have a margin that is not",
+        ),
+        ("reward_rating", ["highest=0.5"], None, "rows have scores outside lowest=0 to highest=0.5"),
+        ("lipo", [], [pair(i) for i in range(20)], "a pair does not make lists"),
+        ("kto", [], [labelled(i) | {"label": "maybe"} for i in range(20)], "neither true nor false: 'maybe'"),
+        ("dpo", [], ROWS["sft"], "unknown columns"),
         ("cost", [], [pair(i) for i in range(20)], "do not say whether each answer is safe"),
         ("dpo", ["loss_on=all"], None, "the answers that are compared are what is learned"),
         ("dpo", ["packing=true"], None, "packing puts several rows into one"),
