@@ -122,6 +122,9 @@ ONLINE = Registry(
         "ppo": "jaxalign.rl.methods:PPO",
         "iterative_dpo": "jaxalign.rl.iterate:ITERATIVE_DPO",
         "raft": "jaxalign.rl.iterate:RAFT",
+        "rso": "jaxalign.rl.iterate:RSO",
+        "rs_dpo": "jaxalign.rl.iterate:RS_DPO",
+        "spin": "jaxalign.rl.iterate:SPIN",
     },
 )
 

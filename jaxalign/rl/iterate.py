@@ -1,7 +1,7 @@
 """Rounds: the policy answers, rewards judge, an offline method learns, and the result answers again.
 
     round-1/samples.jsonl   answers of the policy to the prompts
-    round-1/scored.jsonl    the same with their rewards: rows that every offline method reads
+    round-1/scored.jsonl    what is learned of them, with rewards: rows that every offline method reads
     round-1/run/            the training run on them; its start is also its reference policy
     eval/0.jsonl, 1.jsonl   answers to the held-out prompts before the first round, after it, ...
     rounds.jsonl            one line a round: rewards, win rate over the round before
@@ -25,16 +25,16 @@ import numpy as np
 from pydantic import Field, create_model
 
 from jaxalign import distributed
-from jaxalign.data.batching import permutation
 from jaxalign.data.readers import read_prompts
 from jaxalign.data.records import Prompt
 from jaxalign.errors import UserError
 from jaxalign.rl.base import Method
+from jaxalign.rl.prompts import divide
 from jaxalign.rl.rewards import Answer, Faults, Rewards, RewardsConfig, build_rewards
+from jaxalign.rl.selection import AgainstRow, ClearPairs, Everything, Judged, RejectionSampled, Selection
 from jaxalign.sampling.generate import answer_file
 from jaxalign.sampling.settings import GenerateConfig
 from jaxalign.train.folder import RunFolder, check_same, disk_errors, locked
-from jaxalign.train.inputs import HELD_OUT
 from jaxalign.train.run import train
 from jaxalign.train.settings import TrainConfig, config_for
 
@@ -46,7 +46,7 @@ class RoundsConfig(RewardsConfig):
 
     rounds: int = Field(3, ge=1)
     """rounds of sampling and training at most"""
-    n: int = Field(4, ge=2)
+    n: int = Field(4, ge=1)
     """answers to every prompt, in every round"""
     temperature: float = Field(1.0, gt=0)
     """spread of the draws"""
@@ -70,14 +70,23 @@ class Ended:
 
 
 def iterate(
-    name: str, objective: str, model: str, data: Any, out: Path, config: Any, say: Callable[[str], None]
+    name: str,
+    objective: str,
+    selection: Any,
+    model: str,
+    data: Any,
+    out: Path,
+    config: Any,
+    say: Callable[[str], None],
 ) -> Ended:
-    """Rounds of `objective` from `model` on the prompts of `data`, into the folder `out`. The same call goes
-    on where an earlier one stopped.
+    """Rounds of `objective` from `model` on the prompts of `data`, into the folder `out`; `selection` is the
+    class of what chooses the answers to learn from. The same call goes on where an earlier one stopped.
 
     Raises `UserError` for bad input before any work, and where a round has nothing to learn from.
     """
-    rewards, folder = build_rewards(config), RunFolder(Path(out))
+    chosen = selection(**{key: getattr(config, key) for key in selection.model_fields})
+    rewards = build_rewards(config) if selection.rewarded or config.rewards else Rewards({})
+    folder = RunFolder(Path(out))
     with disk_errors(folder.path), locked(folder.path):
         recorded = folder.read("run.json")
         if recorded:
@@ -85,7 +94,7 @@ def iterate(
         asked = {"method": name, "model": model, "data": str(data)}
         learned, held_out = _prompts(data, config, say)
         folder.begin(asked, config, config.rounds)
-        work = _Rounds(folder.path, model, objective, config, rewards, learned, held_out, say)
+        work = _Rounds(folder.path, model, objective, config, rewards, chosen, learned, held_out, say)
         rows = work.all()
         result = _keep(folder.path, work.run(len(rows)))
         folder.write("result.json", {"step": len(rows), "result": result.name, "metrics": rows[-1]})
@@ -101,18 +110,7 @@ def _prompts(data: Any, config: Any, say: Callable[[str], None]) -> tuple[list[P
     if config.eval_data is not None:
         held_out, _ = read_prompts(config.eval_data, max_bad_rows=config.max_bad_rows)
         return prompts, held_out
-    count = round(config.eval_fraction * len(prompts))
-    if count >= len(prompts):
-        raise UserError(
-            f"eval_fraction={config.eval_fraction:g} of {len(prompts)} prompts leaves none to learn from",
-            place="eval_fraction",
-            remedy="lower it, or name held-out prompts with eval_data",
-        )
-    picked = set(permutation(config.seed, HELD_OUT, len(prompts))[:count].tolist())
-    return (
-        [p for i, p in enumerate(prompts) if i not in picked],
-        [p for i, p in enumerate(prompts) if i in picked],
-    )
+    return divide(prompts, config.eval_fraction, config.seed)
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,7 @@ class _Rounds:
     objective: str
     config: Any
     rewards: Rewards
+    selection: Selection
     prompts: list[Prompt]
     held_out: list[Prompt]
     say: Callable[[str], None]
@@ -191,17 +190,16 @@ class _Rounds:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def score(self, sampled: Sequence[Mapping[str, Any]], file: Path) -> dict[str, Any]:
-        """Writes the sampled rows with their rewards; what the rewards were."""
+        """Writes the rows that the round learns from; what the rewards were."""
         values, parts, faults = self.valued(sampled, self.prompts)
-        rows = []
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        rows: list[dict[str, Any]] = []
         for row, scores in zip(sampled, values, strict=True):
             texts = [c["text"] for c in row["completions"]]
-            kept = [(t, s) for t, s in zip(texts, scores, strict=True) if t.strip() and np.isfinite(s)]
-            if kept:
-                answers, numbers = zip(*kept, strict=True)
-                about = {k: v for k, v in row.items() if k not in ("completion", "completions")}
-                rows.append({**about, "completions": answers, "scores": numbers, "source": str(file)})
-        if not any(len(set(row["scores"])) > 1 for row in rows):
+            kept = [(t, float(s)) for t, s in zip(texts, scores, strict=True) if t.strip() and np.isfinite(s)]
+            answers, numbers = [t for t, _ in kept], [s for _, s in kept]
+            rows += self.selection(Judged(by_id[row["id"]], answers, numbers, self.config.seed))
+        if not any("chosen" in row or len(set(row["scores"])) > 1 for row in rows):
             raise UserError(
                 "no prompt has two answers of different reward: there is nothing to learn",
                 place=str(file),
@@ -224,8 +222,9 @@ class _Rounds:
         return found.total.reshape(shape), {k: v.reshape(shape) for k, v in found.parts.items()}, faults
 
     def judged(self, number: int) -> dict[str, float] | None:
-        """{id: reward} of a policy's answers to the held-out prompts; None where there are none."""
-        if not self.held_out:
+        """{id: reward} of a policy's answers to the held-out prompts; None where there are none, or no
+        rewards."""
+        if not self.held_out or not self.rewards.parts:
             return None
         file = self.path / "eval" / f"{number}.jsonl"
         sampled = self.sample(number, self.held_out, file, HELD_OUT_SAMPLES)
@@ -288,15 +287,15 @@ _DEFAULTS: dict[str, Any] = {"epochs": 1.0, "pairs": "best_vs_worst"}
 _OURS = {"eval_data", "eval_fraction", "seed"}
 
 
-def _method(name: str, objective: str, about: str) -> Method:
-    offline = config_for(objective)
-    shared = {k: (offline.model_fields[k], v) for k, v in _DEFAULTS.items() if k in offline.model_fields}
-    fields: dict[str, Any] = {
-        k: (info.annotation, Field(default, description=info.description))
-        for k, (info, default) in shared.items()
-    }
+def _method(name: str, about: str, objective: str, selection: Any = Everything, **defaults: Any) -> Method:
+    offline, own = config_for(objective), selection.model_fields
+    known = RoundsConfig.model_fields | offline.model_fields | own
+    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in own.items()}
+    for key, default in {**_DEFAULTS, **defaults}.items():
+        if key in known:
+            fields[key] = (known[key].annotation, Field(default, description=known[key].description))
     config = create_model(f"{name}_config", __base__=(RoundsConfig, offline), __doc__=about, **fields)
-    return Method(cast(Any, config), partial(iterate, name, objective, say=_say), objective)
+    return Method(cast(Any, config), partial(iterate, name, objective, selection, say=_say), objective)
 
 
 def _say(text: str) -> None:
@@ -306,9 +305,33 @@ def _say(text: str) -> None:
 
 ITERATIVE_DPO = _method(
     "iterative_dpo",
-    "dpo",
     "Rounds of DPO: best against worst of the policy's own answers, the policy itself the reference.",
+    "dpo",
 )
 RAFT = _method(
-    "raft", "sft", "Rounds of SFT on the best of the policy's own answers (RAFT, arXiv:2304.06767)."
+    "raft", "Rounds of SFT on the best of the policy's own answers (RAFT, arXiv:2304.06767).", "sft"
+)
+SPIN = _method(
+    "spin",
+    "Self-play (SPIN, arXiv:2401.01335): the rows' own answers against the policy's; needs no rewards.",
+    "dpo",
+    AgainstRow,
+    n=1,
+)
+RSO = _method(
+    "rso",
+    "Statistical rejection sampling (RSO, arXiv:2309.06657): pairs of what the best policy would answer.",
+    "hinge",
+    RejectionSampled,
+    rounds=1,
+    n=64,
+    pairs="all_pairs",
+)
+RS_DPO = _method(
+    "rs_dpo",
+    "DPO on every pair of answers whose preference is clear (RS-DPO, arXiv:2402.10038).",
+    "dpo",
+    ClearPairs,
+    rounds=1,
+    n=16,
 )

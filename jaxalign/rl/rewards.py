@@ -105,7 +105,9 @@ class Rewards:
         Raises `UserError` where a part scores none of them, or gives another number of values.
         """
         parts = {name: _scored(name, reward, answers, faults) for name, reward in self.parts.items()}
-        total = sum(reward.weight * parts[name] for name, reward in self.parts.items())
+        total = np.zeros(len(answers))
+        for name, reward in self.parts.items():
+            total = total + reward.weight * parts[name]
         cut = np.array([answer.finish == "length" for answer in answers], float)
         return Scored(total - self.missing_eos_penalty * cut, parts)
 

@@ -100,7 +100,7 @@ def test_answers_are_compared_prompt_by_prompt():
     [
         ({"rewards": {}}, "nothing says which answers are good"),
         ({"eval_fraction": 0.99}, "leaves none to learn from"),
-        ({"n": 1}, "greater than or equal to 2"),
+        ({"n": 0}, "greater than or equal to 1"),
         ({"temperature": 0}, "greater than 0"),
     ],
 )
