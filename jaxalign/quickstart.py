@@ -1,4 +1,4 @@
-"""The whole loop on a small model: pull, answer, fine-tune, answer again, compare. Ends with a report.
+"""The whole loop on a small model: answer, fine-tune, learn from preferences, compare. Ends with a report.
 
 Every phase leaves a file in the output folder and is skipped where that file is there already:
 
@@ -6,6 +6,8 @@ Every phase leaves a file in the output folder and is skipped where that file is
     before.jsonl                answers of the model as it came
     run/                        the training run; it is a model, also for every other command
     after.jsonl                 answers of the trained model
+    preferred/                  the run that goes on from it: it prefers the briefer of its own answers
+    preferred.jsonl             answers of that model
     report.html report.json     the comparison
     state.json                  what was asked for, and the seconds of every finished phase
 """
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import UserError
-from jaxalign.evals.checkers import LABELS, RULES, check_card, names_fact
+from jaxalign.evals.checkers import LABELS, RULES, check_card, names_fact, words
 from jaxalign.evals.page import p_value, percent, points
 from jaxalign.evals.report import write_report
 from jaxalign.evals.stats import paired_difference, rate_interval
@@ -47,6 +49,20 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 19,
     "seed": 0,
 }
+# Keys of `jaxalign train iterative_dpo`: two answers to every training question, the better and the other.
+PREFERENCES: dict[str, Any] = {
+    "rounds": 1,
+    "n": 2,
+    "max_tokens": MAX_TOKENS,
+    "rewards": {"brief": {"kind": "python", "function": "jaxalign.evals.checkers:brief_cards"}},
+    "learning_rate": 1e-4,
+    "batch_size": 8,
+    "epochs": 1.0,
+    "max_length": 192,
+    "log_every": 5,
+    "seed": 0,
+}
+BRIEF = 28  # words; a quarter of the training answers have no more
 PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 Row = dict[str, Any]
@@ -67,6 +83,13 @@ def train(model: str, data: Path, eval_data: Path, out: Path, settings: Mapping[
     api.train("sft", model=model, data=str(data), out=str(out), eval_data=str(eval_data), **settings)
 
 
+def prefer(model: str, data: Path, out: Path, settings: Mapping[str, Any]) -> None:
+    """Learn from preferences among own answers, as `jaxalign train iterative_dpo` does. Resumes."""
+    from jaxalign import api
+
+    api.train("iterative_dpo", model=model, data=str(data), out=str(out), **settings)
+
+
 def answer(model: str, questions: Sequence[str]) -> list[str]:
     """Greedy answers of a model (anything `-m` takes, so a run folder too) to single user turns, in order."""
     from jaxalign.sampling.generate import answer_questions
@@ -81,6 +104,7 @@ class Phases:
     pull: Callable[[str], None] = pull
     answer: Callable[[str, Sequence[str]], list[str]] = answer
     train: Callable[[str, Path, Path, Path, Mapping[str, Any]], None] = train
+    prefer: Callable[[str, Path, Path, Mapping[str, Any]], None] = prefer
 
 
 def quickstart(
@@ -106,12 +130,19 @@ def quickstart(
         ("answer before training", "before.jsonl", lambda: job.answer(model, heldout, "before.jsonl")),
         ("train", "run", job.train),
         ("answer after training", "after.jsonl", lambda: job.answer(str(job.run), heldout, "after.jsonl")),
+        ("prefer brief answers", "preferred", job.prefer),
+        (
+            "answer once more",
+            "preferred.jsonl",
+            lambda: job.answer(str(job.last), heldout, "preferred.jsonl"),
+        ),
     ]
     for number, step in enumerate(steps, 1):
         job.phase(f"[{number}/{len(steps)}]", *step)
     data = report_data(job, heldout)
     page = write_report(folder, data)
-    say(_table(data["measures"]))
+    say(_table(data["measures"], "before", "fine-tuned"))
+    say(_table(data["preferences"]["measures"], "fine-tuned", "preferences"))
     say(f"report: {page.resolve()}")
     return page
 
@@ -131,11 +162,17 @@ class Job:
         """The folder of the training run."""
         return self.folder / "run"
 
+    @property
+    def last(self) -> Path:
+        """The folder of what was learned from preferences."""
+        return self.folder / "preferred"
+
     def asked(self) -> Row:
         """What two runs must share to continue one another."""
         names = ("train.jsonl", "heldout.jsonl")
         data = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest()[:16] for name in names}
-        return json.loads(json.dumps({"model": self.model, "settings": dict(self.settings), "data": data}))
+        settings = {"settings": dict(self.settings), "preferences": PREFERENCES}
+        return json.loads(json.dumps({"model": self.model, **settings, "data": data}))
 
     def state(self) -> Row:
         """The content of `state.json`."""
@@ -173,6 +210,10 @@ class Job:
         """Train on the folder's copy of the data."""
         data, eval_data = self.folder / "train.jsonl", self.folder / "heldout.jsonl"
         self.phases.train(self.model, data, eval_data, self.run, self.settings)
+
+    def prefer(self) -> None:
+        """Go on from the trained model, with the questions that it was trained on."""
+        self.phases.prefer(str(self.run), self.folder / "train.jsonl", self.last, PREFERENCES)
 
     def answer(self, model: str, rows: Sequence[Row], name: str) -> None:
         """Answer the questions of `rows` and write them to the folder, all or none."""
@@ -221,7 +262,9 @@ def _copy_data(folder: Path) -> None:
 
 def report_data(job: Job, heldout: Sequence[Row]) -> Row:
     """The data of `write_report` out of a finished job's files."""
-    before, after = (_graded(job.folder / f"{name}.jsonl", heldout) for name in ("before", "after"))
+    before, after, preferred = (
+        _graded(job.folder / f"{name}.jsonl", heldout) for name in ("before", "after", "preferred")
+    )
     items = [
         {
             "id": row["id"],
@@ -230,26 +273,38 @@ def report_data(job: Job, heldout: Sequence[Row]) -> Row:
             "reference": reference(row),
             "before": first,
             "after": second,
+            "preferred": third,
         }
-        for row, first, second in zip(heldout, before, after, strict=True)
+        for row, first, second, third in zip(heldout, before, after, preferred, strict=True)
     ]
     measures = [
-        _measure("Kept the style", _STYLE_ABOUT, items, "passed"),
-        _measure("Fact said at once", _FACT_ABOUT, items, "fact"),
+        _measure("Kept the style", _STYLE_ABOUT, before, after, "passed"),
+        _measure("Fact said at once", _FACT_ABOUT, before, after, "fact"),
+    ]
+    preferences = [
+        _measure("Kept it briefly", _BRIEF_ABOUT, after, preferred, "brief"),
+        _measure("Kept the style", _KEPT_ABOUT, after, preferred, "passed"),
     ]
     rates = [f"{100 * measures[0][when]['rate']:.0f} %" for when in ("before", "after")]
     example, *others = read_jsonl(job.folder / "train.jsonl")
     return {
         "title": f"Style kept: from {rates[0]} to {rates[1]}",
         "summary": f"{job.model} answered {len(items)} held-out questions before and after it was fine-tuned "
-        f"with low-rank adapters on {1 + len(others)} examples of one answering style.",
+        f"with low-rank adapters on {1 + len(others)} examples of one answering style, and again after it "
+        "learned to prefer the briefer of its own answers.",
         "model": job.model,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "style": {**_STYLE, "example": reference(example)},
         "measures": measures,
+        "preferences": {"about": _PREFERENCES_ABOUT, "measures": preferences},
         "items": items,
         "metrics": _metrics(job.run / "metrics.jsonl"),
-        "config": {"model": job.model, **job.settings, "max_tokens": MAX_TOKENS, "temperature": 0},
+        "config": {
+            "model": job.model,
+            **job.settings,
+            "preferences": PREFERENCES,
+            "answers": {"max_tokens": MAX_TOKENS, "temperature": 0},
+        },
         "versions": versions(),
         "machine": machine(),
         "phases": [{"name": name, "seconds": value} for name, value in job.state()["seconds"].items()],
@@ -270,6 +325,13 @@ _FACT_ABOUT = (
     "The share of answers whose first sentence has the expected word or number. It watches that the model "
     "does not pay for its new manners with what it knows; talking around the question first loses here."
 )
+_PREFERENCES_ABOUT = (
+    "The fine-tuned model answered every training question twice. A rule says which answer is better: one "
+    "that keeps the style, and of two that do the one of fewer words. DPO made the better answers likelier "
+    "and the others less likely, starting from the fine-tuned model."
+)
+_BRIEF_ABOUT = f"The share of answers that keep every rule of the style in at most {BRIEF} words."
+_KEPT_ABOUT = "The same measure as above, now from the fine-tuned model on: brevity must not cost the style."
 _NOTES = (
     "The checker reads form, not truth: an answer can keep the style and be wrong. A model of 135 million "
     "weights often is.",
@@ -289,13 +351,16 @@ def _graded(path: Path, heldout: Sequence[Row]) -> list[Row]:
         text = texts[row["id"]]
         verdict = check_card(text)
         fact = names_fact(text, row["expect"])
-        graded.append({"text": text, "passed": verdict.passed, "failed": verdict.failed, "fact": fact})
+        brief = verdict.passed and len(words(text)) <= BRIEF
+        graded.append(
+            {"text": text, "passed": verdict.passed, "failed": verdict.failed, "fact": fact, "brief": brief}
+        )
     return graded
 
 
-def _measure(name: str, about: str, items: Sequence[Row], key: str) -> Row:
-    before = [item["before"][key] for item in items]
-    after = [item["after"][key] for item in items]
+def _measure(name: str, about: str, old: Sequence[Row], new: Sequence[Row], key: str) -> Row:
+    """Verdicts on the answers of two models, item by item."""
+    before, after = [answer[key] for answer in old], [answer[key] for answer in new]
     return {
         "name": name,
         "about": about,
@@ -346,7 +411,7 @@ def _processor() -> str:
 
 def commands(job: Job) -> list[Row]:
     """What to type next, with this job's folders."""
-    run, data = shlex.quote(str(job.run)), shlex.quote(str(job.folder / "train.jsonl"))
+    run, data = shlex.quote(str(job.last)), shlex.quote(str(job.folder / "train.jsonl"))
     keys = " ".join(f"{name}={value}" for name, value in job.settings.items())
     model = shlex.quote(job.model)
     return [
@@ -366,9 +431,9 @@ def commands(job: Job) -> list[Row]:
     ]
 
 
-def _table(measures: Sequence[Row]) -> str:
-    """Before and after in plain columns."""
-    lines = [f"{'':20}{'before':>26}{'after':>26}   change"]
+def _table(measures: Sequence[Row], before: str, after: str) -> str:
+    """Two models in plain columns."""
+    lines = [f"{'':20}{before:>26}{after:>26}   change"]
     for m in measures:
         cells = [
             f"{percent(r['rate'])} ({percent(r['low'])} to {percent(r['high'])})"

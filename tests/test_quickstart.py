@@ -20,6 +20,7 @@ class Fakes:
         self.calls: list[str] = []
         self.lines: list[str] = []
         self.given: dict[str, Any] = {}
+        self.preferred: dict[str, Any] = {}
         self.crash_in: str = ""
         rows = q.read_jsonl(q.ASSETS / "heldout.jsonl")
         self.learnt = {q.question(row): q.reference(row) for row in rows[:knows]}
@@ -34,7 +35,7 @@ class Fakes:
 
     def answer(self, model: str, questions: Sequence[str]) -> list[str]:
         self.enter(f"answer {Path(model).name}")
-        learnt = self.learnt if Path(model).name == "run" else {}
+        learnt = self.learnt if Path(model).name in ("run", "preferred") else {}
         return [learnt.get(asked, "I do not know.") for asked in questions]
 
     def train(self, model: str, data: Path, eval_data: Path, out: Path, settings: Mapping[str, Any]) -> None:
@@ -44,12 +45,17 @@ class Fakes:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.enter("train")
 
+    def prefer(self, model: str, data: Path, out: Path, settings: Mapping[str, Any]) -> None:
+        self.preferred = {"model": model, "data": data, "settings": settings}
+        self.enter("prefer")
+        out.mkdir(exist_ok=True)
+
     def run(self, out: Path, **options: Any) -> Path:
-        phases = q.Phases(self.pull, self.answer, self.train)
+        phases = q.Phases(self.pull, self.answer, self.train, self.prefer)
         return q.quickstart(out, phases=phases, say=self.lines.append, **options)
 
 
-ALL = ["pull", f"answer {q.MODEL}", "train", "answer run"]
+ALL = ["pull", f"answer {q.MODEL}", "train", "answer run", "prefer", "answer preferred"]
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -70,10 +76,15 @@ def test_the_whole_loop(tmp_path: Path):
     assert data["metrics"] == [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "eval_loss": 1.5}]
     assert data["machine"]["cores"] >= 1
     assert data["versions"]["python"]
-    assert [phase["name"] for phase in data["phases"]][-1] == "answer after training"
+    brief, kept = data["preferences"]["measures"]
+    assert kept["before"] == kept["after"] == style["after"]
+    assert 0 < brief["after"]["passed"] < 50
+    assert brief["paired"]["fixed"] == brief["paired"]["broke"] == 0
+    assert [phase["name"] for phase in data["phases"]][-1] == "answer once more"
     assert "<!doctype html>" in page.read_text(encoding="utf-8")
     assert str(page.resolve()) in fakes.lines[-1]
-    assert "83.3 % (72.0 % to 90.7 %)" in fakes.lines[-2]
+    assert "83.3 % (72.0 % to 90.7 %)" in fakes.lines[-3]
+    assert "Kept it briefly" in fakes.lines[-2]
 
 
 def test_training_gets_the_shipped_data_and_the_settings(tmp_path: Path):
@@ -83,6 +94,11 @@ def test_training_gets_the_shipped_data_and_the_settings(tmp_path: Path):
     assert fakes.given["data"].read_text() == (q.ASSETS / "train.jsonl").read_text()
     assert fakes.given["eval_data"].read_text() == (q.ASSETS / "heldout.jsonl").read_text()
     assert fakes.given["settings"] == {**q.SETTINGS, "epochs": 1}
+    assert fakes.preferred == {
+        "model": str(tmp_path / "run"),
+        "data": fakes.given["data"],
+        "settings": q.PREFERENCES,
+    }
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path):
@@ -92,7 +108,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path):
     assert second.calls == []
     assert again["measures"] == data["measures"]
     assert again["phases"] == data["phases"]
-    assert sum("done before" in line for line in second.lines) == 4
+    assert sum("done before" in line for line in second.lines) == 6
 
 
 @pytest.mark.parametrize("place", ALL)
@@ -136,7 +152,7 @@ def test_changed_data_in_the_folder_is_refused(tmp_path: Path):
 
 def test_a_missing_answer_is_an_error_and_writes_nothing(tmp_path: Path):
     fakes = Fakes()
-    phases = q.Phases(fakes.pull, lambda model, questions: ["one"], fakes.train)
+    phases = q.Phases(fakes.pull, lambda model, questions: ["one"], fakes.train, fakes.prefer)
     with pytest.raises(RuntimeError, match="1 answers to 60 questions"):
         q.quickstart(tmp_path, phases=phases, say=fakes.lines.append)
     assert not (tmp_path / "before.jsonl").exists()
@@ -144,18 +160,18 @@ def test_a_missing_answer_is_an_error_and_writes_nothing(tmp_path: Path):
 
 def test_a_worse_model_is_told_as_such(tmp_path: Path):
     fakes = Fakes()
-    answers = iter([list(fakes.learnt.values()) + ["no"] * 10, ["no"] * 60])
-    phases = q.Phases(fakes.pull, lambda model, questions: next(answers), fakes.train)
+    answers = iter([list(fakes.learnt.values()) + ["no"] * 10, ["no"] * 60, ["no"] * 60])
+    phases = q.Phases(fakes.pull, lambda model, questions: next(answers), fakes.train, fakes.prefer)
     data = data_of(q.quickstart(tmp_path, phases=phases, say=fakes.lines.append))
     assert data["title"] == "Style kept: from 83 % to 0 %"
     assert data["measures"][0]["paired"]["broke"] == 50
-    assert "\N{MINUS SIGN}83.3 points" in fakes.lines[-2]
+    assert "\N{MINUS SIGN}83.3 points" in fakes.lines[-3]
 
 
 def test_the_commands_name_this_run(tmp_path: Path):
     fakes = Fakes()
     commands = [c["command"] for c in data_of(fakes.run(tmp_path / "a folder"))["commands"]]
-    assert commands[0] == f"jaxalign chat -m '{tmp_path / 'a folder' / 'run'}'"
+    assert commands[0] == f"jaxalign chat -m '{tmp_path / 'a folder' / 'preferred'}'"
     assert "learning_rate=" in commands[-1]
     assert "lora.rank=16" in commands[-1]
 
@@ -167,6 +183,15 @@ def test_the_settings_are_keys_of_sft():
     config = load_config(config_for("sft"), values=q.SETTINGS)
     assert config.batch_size == q.SETTINGS["batch_size"]
     assert config.lora is not None
+
+
+def test_the_preferences_are_keys_of_iterative_dpo():
+    from jaxalign.api import method_settings
+    from jaxalign.config import load_config
+    from jaxalign.rl.rewards import build_rewards
+
+    config = load_config(method_settings("iterative_dpo"), values=q.PREFERENCES)
+    assert build_rewards(config).parts["brief"].weight == 1.0
 
 
 def test_importing_it_loads_neither_jax_nor_the_template_engine():
@@ -183,6 +208,9 @@ def test_the_real_thing(tmp_path: Path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, env=env)
     data = data_of(tmp_path / "out" / "report.html")
     style, fact = data["measures"]
+    brief, kept = data["preferences"]["measures"]
+    assert brief["after"]["rate"] > brief["before"]["rate"] + 0.1
+    assert kept["after"]["rate"] >= kept["before"]["rate"] - 0.1
     assert style["before"]["rate"] <= 0.1
     assert style["after"]["rate"] >= 0.6
     assert style["paired"]["p"] < 1e-6

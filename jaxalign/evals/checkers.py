@@ -14,7 +14,7 @@ the first sentence, for a word that comes up later says little about the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -69,6 +69,12 @@ def check_card(text: str) -> Verdict:
     parts = {label: line[len(label) + 2 :] for label, line in zip(LABELS, lines, strict=True)}
     failed = [name for name, broken in _CONTENT.items() if broken(parts)]
     return Verdict(not failed, failed)
+
+
+def brief_cards(completions: Sequence[str], **_: object) -> list[float]:
+    """Rewards of answers: one that keeps the style beats one that does not, and among both fewer words win.
+    2 for a kept style, less a fiftieth for every word."""
+    return [2.0 * check_card(text).passed - len(words(text)) / 50 for text in completions]
 
 
 def names_fact(text: str, expected: Iterable[str]) -> bool:

@@ -26,8 +26,9 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
         title, summary, model, created           strings
         style      {name, about, labels [str], example, rules {name: what it asks}}
         measures   [{name, about, before: Rate, after: Rate, paired: Paired}]  the first one is the headline
-        items      [{id, topic, question, reference, before, after}]
-                   before and after are {text, passed, failed [rule names], fact: true | false}
+        preferences  {about, measures}: of the second training, `before` is the first one's result
+        items      [{id, topic, question, reference, before, after, preferred}]
+                   the last three are {text, passed, failed [rule names], fact: true | false}
         metrics    [{step, loss?, eval_loss?, learning_rate?, tokens_per_sec?}]  rows of metrics.jsonl
         config, versions, machine                {name: value}
         phases     [{name, seconds}]

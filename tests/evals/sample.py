@@ -41,6 +41,18 @@ _DATA: dict[str, Any] = {
             "paired": paired_difference(_BEFORE, _AFTER).to_json(),
         }
     ],
+    "preferences": {
+        "about": "about preferences",
+        "measures": [
+            {
+                "name": "Kept it briefly",
+                "about": "about brevity",
+                "before": rate_interval(1, 4).to_json(),
+                "after": rate_interval(3, 4).to_json(),
+                "paired": paired_difference(_BEFORE, _AFTER).to_json(),
+            }
+        ],
+    },
     "items": [
         {
             "id": name,
@@ -49,6 +61,7 @@ _DATA: dict[str, Any] = {
             "reference": "Answer: the reference.",
             "before": answer(f"old text of {name}", before),
             "after": answer(f"Answer: new text of {name}", after, fact=True),
+            "preferred": answer(f"Answer: brief text of {name}", after, fact=True),
         }
         for name, (before, after) in CASES.items()
     ],

@@ -87,7 +87,7 @@ def test_the_page_says_what_the_data_says():
 def test_broken_rules_are_chips_that_explain_themselves():
     page = Page(render(sample()))
     titles = [attrs["title"] for tag, attrs in page.tags if tag == "span" and "title" in attrs]
-    assert titles == ["what labels asks"] * 4
+    assert titles == ["what labels asks"] * 6  # before, after and after preferences
 
 
 def test_nothing_in_the_page_is_executed_or_closes_a_tag():
