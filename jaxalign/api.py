@@ -244,6 +244,7 @@ def _export_peft(loaded: Any, out: Path, tokenizer: Any, dtype: Any) -> Path:
         stop_tokens=tokenizer.stop_tokens,
         base_hash=loaded.base_hash,
         tokenizer=tokenizer.hf,
+        head=loaded.head,
     )
 
 
@@ -259,6 +260,7 @@ def _export_hf(loaded: Any, out: Path, tokenizer: Any, dtype: Any) -> Path:
         stop_tokens=tokenizer.stop_tokens,
         tokenizer=tokenizer.hf,
         dtype=dtype,
+        head=loaded.head,
     )
 
 
