@@ -120,6 +120,8 @@ ONLINE = Registry(
         "remax": "jaxalign.rl.methods:REMAX",
         "p3o": "jaxalign.rl.methods:P3O",
         "ppo": "jaxalign.rl.methods:PPO",
+        "online_dpo": "jaxalign.rl.methods:ONLINE_DPO",
+        "online_ipo": "jaxalign.rl.methods:ONLINE_IPO",
         "iterative_dpo": "jaxalign.rl.iterate:ITERATIVE_DPO",
         "raft": "jaxalign.rl.iterate:RAFT",
         "rso": "jaxalign.rl.iterate:RSO",

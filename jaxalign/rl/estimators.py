@@ -55,19 +55,34 @@ class Judged:
 
 
 class Estimator(Protocol):
-    """What `Judged` and the weight of the KL become."""
+    """What `Judged` and the weight of the KL become.
+
+    greedy  whether each prompt is answered greedily as well
+    gives   the names of its token arrays
+    """
 
     greedy: ClassVar[bool]
+    gives: ClassVar[tuple[str, ...]]
 
     def __call__(self, judged: Judged, kl_coef: float, kl: str) -> dict[str, np.ndarray]:
-        """`advantage`, and `returns` where there is a critic."""
+        """Token arrays by name."""
+        ...
+
+    def order(self, judged: Judged) -> np.ndarray | None:
+        """int [P, G]: which answers are learned from, in which order; None where all are as they stand. A row
+        of -1 is a prompt that teaches nothing."""
         ...
 
 
 class EstimatorConfig(Config):
-    """What estimators have in common. `greedy`: whether each prompt is answered greedily as well."""
+    """What estimators have in common."""
 
     greedy: ClassVar[bool] = False
+    gives: ClassVar[tuple[str, ...]] = ("advantage",)
+
+    def order(self, judged: Judged) -> np.ndarray | None:
+        """All answers."""
+        return None
 
 
 class GroupRelative(EstimatorConfig):
@@ -130,6 +145,8 @@ class PlainReward(EstimatorConfig):
 class WithCritic(EstimatorConfig):
     """Generalised advantages over a critic's values (PPO)."""
 
+    gives: ClassVar[tuple[str, ...]] = ("advantage", "returns")
+
     gamma: float = Field(1.0, gt=0, le=1)
     """discount of a token"""
     gae_lambda: float = Field(0.95, ge=0, le=1)
@@ -149,6 +166,27 @@ class WithCritic(EstimatorConfig):
             rewards, judged.value, judged.mask, self.gamma, self.gae_lambda
         )
         return {"advantage": a.whiten(found, judged.mask), "returns": returns}
+
+
+class BestAgainstWorst(EstimatorConfig):
+    """Pairs for a loss that compares: of a prompt's answers the best and the worst (OAIF, arXiv:2402.04792,
+    takes two). Ties teach nothing."""
+
+    gives: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, judged: Judged, kl_coef: float, kl: str) -> dict[str, np.ndarray]:
+        """Nothing: the loss looks at the log-probs."""
+        return {}
+
+    def order(self, judged: Judged) -> np.ndarray | None:
+        """(best, worst) of every prompt."""
+        known = np.isfinite(judged.reward)
+        best = np.where(known, judged.reward, -np.inf).argmax(axis=1)
+        worst = np.where(known, judged.reward, np.inf).argmin(axis=1)
+        gap = np.take_along_axis(judged.reward, best[:, None], 1) - np.take_along_axis(
+            judged.reward, worst[:, None], 1
+        )
+        return np.where(gap > 0, np.stack([best, worst], axis=1), -1)
 
 
 def watched(judged: Judged, kl_coef: float, kl: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from jaxalign.objectives import policy
+from jaxalign.objectives import pairwise, policy
 from jaxalign.rl import estimators
 from jaxalign.rl.base import Method
 from jaxalign.rl.settings import OnlineConfig
@@ -69,6 +69,24 @@ P3O = _method(
     n=2,
     batch_size=16,
     kl_coef=0.05,
+)
+ONLINE_DPO = _method(
+    "online_dpo",
+    "DPO on pairs of the policy's own fresh answers (OAIF, arXiv:2402.04792).",
+    pairwise.DPO,
+    estimators.BestAgainstWorst,
+    n=2,
+    batch_size=16,
+    temperature=0.9,
+)
+ONLINE_IPO = _method(
+    "online_ipo",
+    "IPO on pairs of the policy's own fresh answers (arXiv:2403.08635).",
+    pairwise.IPO,
+    estimators.BestAgainstWorst,
+    n=2,
+    batch_size=16,
+    temperature=0.9,
 )
 PPO = _method(
     "ppo",

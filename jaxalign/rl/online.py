@@ -209,7 +209,7 @@ class Rollouts:
         n = 1 if objective.group == 1 else (objective.group or c.n)
         prompt = max(len(a.tokens) for a in self.prompts.learned)
         tokens = np.zeros(prompt + c.max_tokens, np.int32)
-        tokens[prompt:] = np.arange(c.max_tokens)  # answers differ: only the prompt is shared
+        tokens[prompt:] = np.arange(c.max_tokens)  # answers differ: no more than the prompt is shared
         mask = np.arange(len(tokens)) >= prompt
         aux = {name: np.zeros(len(tokens), np.float32) for name in self.token_aux}
         members = tuple(Example("", np.where(mask, tokens + g, tokens), mask, aux=aux) for g in range(n))
@@ -217,7 +217,7 @@ class Rollouts:
         rows = arrange(
             [group], max_length=c.max_length, group=objective.group, share=c.share_prompt and n > 1
         )
-        per = c.n // n if objective.group == 1 else 1
+        per = c.n if objective.group == 1 else 1
         local = (c.batch_size or 1) * per // c.grad_accumulation // distributed.process_count()
         return rows.abstract((c.grad_accumulation, local))[-1:]
 
@@ -226,8 +226,7 @@ class Rollouts:
         """Names of what every token has beside its id."""
         names = {"value": "value_old"}
         seen = tuple(names.get(name, name) for name in self.eyes.names) if looks(self.machine) else ()
-        returns = ("returns",) if self.machine.objective.kind == "actor_critic" else ()
-        return ("advantage", *returns, *seen)
+        return (*self.roller.estimator.gives, *seen)
 
 
 def looks(machine: Machine) -> bool:

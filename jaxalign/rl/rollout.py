@@ -105,6 +105,10 @@ class Roller:
         metrics |= {"objective/kl_coef": coef}
         names = ("time/sampling_s", "time/rewards_s", "time/log_probs_s")
         metrics |= dict(zip(names, np.diff(marks).tolist(), strict=True))
+        order = self.estimator.order(judged)
+        if order is not None:
+            metrics["frac_without_pair"] = float((order < 0).any(axis=1).mean())
+            groups, arrays = _ordered(groups, arrays, order)
         _write(file, groups, arrays, metrics)
 
     def _sampled(self, number: int, asked: Sequence[Asked], sample: Sampling, file: Path) -> list[list[Told]]:
@@ -197,6 +201,19 @@ class Roller:
             target=s.kl_target,
             horizon=s.kl_horizon,
         )
+
+
+def _ordered(
+    groups: Sequence[Group], arrays: dict[str, np.ndarray], order: np.ndarray
+) -> tuple[list[Group], dict[str, np.ndarray]]:
+    """The answers that `order` [P, G] names; those of a row of -1 are no targets."""
+    rows = np.maximum(order, 0)
+    found = []
+    for group, row, taken in zip(groups, rows, order >= 0, strict=True):
+        members = [group.members[i] for i in row]
+        kept = tuple(replace(m, mask=m.mask & bool(t)) for m, t in zip(members, taken, strict=True))
+        found.append(replace(group, members=kept))
+    return found, {name: np.take_along_axis(x, rows[:, :, None], axis=1) for name, x in arrays.items()}
 
 
 def _group(index: int, asked: Asked, answers: Sequence[Told], scored: np.ndarray) -> Group:

@@ -18,6 +18,10 @@ class OnlineConfig(RewardsConfig, TrainConfig):
     """prompts of one update, each with its n answers; null takes 8, or more where there are more devices"""
     n: int = Field(8, ge=1)
     """answers to every prompt"""
+    temperature: float = Field(1.0, gt=0)
+    """spread of the draws"""
+    kl_coef: float = Field(0.0, ge=0)
+    """weight of the KL divergence from the reference that is taken off the rewards; 0 takes nothing"""
     max_tokens: int = Field(128, ge=1)
     """longest answer, in tokens"""
     minibatches: int = Field(1, ge=1)

@@ -12,6 +12,7 @@ Guard = Callable[[int, Values, Values], str | None]
 PATIENCE = 30  # updates before a reward that does not move is remarked on
 STILL = 1e-3  # margin of the implicit rewards that counts as none
 NOISY = ("length_correlation",)  # looked at on average over the last updates
+LESS = 0.1  # by how much their rewards must have fallen as well
 FALL = 0.1  # share of its first value by which the log-prob of chosen answers may fall
 
 
@@ -32,11 +33,12 @@ def stuck(step: int, first: Values, now: Values) -> str | None:
 
 def displaced(step: int, first: Values, now: Values) -> str | None:
     """Both answers get less likely, the rejected one faster (likelihood displacement, arXiv:2410.08847)."""
-    names = ("logps/chosen", "rewards/margins")
+    names = ("logps/chosen", "rewards/chosen", "rewards/margins")
     if any(name not in values for name in names for values in (first, now)):
         return None
     before, after = first["logps/chosen"], now["logps/chosen"]
-    fell = after < before - FALL * abs(before)
+    # Other rows may be less likely from the start: the reward, which compares with the reference, falls too.
+    fell = after < before - FALL * abs(before) and now["rewards/chosen"] < first["rewards/chosen"] - LESS
     if not (fell and now["rewards/margins"] > first["rewards/margins"] + STILL):
         return None
     return (

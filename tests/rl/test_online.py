@@ -33,6 +33,7 @@ METHODS = {
     "remax": {"kl_coef": 0.01, "batch_size": 16},
     "reinforce_pp": {"batch_size": 16},
     "p3o": {"kl_coef": 0.01},
+    "online_dpo": {"n": 4},
     "ppo": {"batch_size": 16, "n": 2, "rollout_epochs": 2, "kl_coef": 0.01},
 }
 
@@ -69,9 +70,9 @@ def test_a_bandit_is_solved(here, tmp_path, method):
     assert before < 0.4
     assert after > 0.75
     first = rows[0]
-    assert abs(first["val/ratio"] - 1) < 1e-4
+    assert abs(first.get("val/ratio", 1) - 1) < 1e-4
     assert abs(first["objective/kl"]) < 1e-3
-    assert first["policy/clipfrac"] == 0
+    assert first.get("policy/clipfrac", 0) == 0
     evaluated = [row["eval_reward"] for row in read_lines(out / "metrics.jsonl") if "eval_reward" in row]
     assert evaluated[-1] > 0.6
 

@@ -59,6 +59,11 @@ def test_chosen_answers_that_get_less_likely(chosen: float, margin: float, heard
     assert not heard or ("less likely while margins rise" in said[0] and "rpo" in said[0])
 
 
+def test_a_step_of_longer_answers_is_no_fall() -> None:
+    later = {"loss": 0.68, "rewards/margins": 0.01, "rewards/chosen": -1e-3, "logps/chosen": -140.0}
+    assert remarks([SOUND[0], later], every=5) == []
+
+
 @pytest.mark.parametrize(("correlation", "heard"), [(0.7, True), (-0.7, True), (0.4, False)])
 def test_rewards_that_follow_length(correlation: float, heard: bool) -> None:
     said = remarks([{"loss": 0.5, "eval_length_correlation": correlation}] * 2)
