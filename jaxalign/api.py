@@ -146,6 +146,12 @@ def plan_of(run: Run, on: str | None = None, mfu: float = 0.4) -> Plan:
     if run.method not in ONLINE:
         return plan_run(run.method, run.model, run.data, run.config, on=on, mfu=mfu)
     objective = ONLINE[run.method].objective
+    if objective is None:
+        raise UserError(
+            f"there is no plan of {run.method} yet",
+            place="method",
+            remedy="its updates are about those of sft over batch_size x n rows: plan that",
+        )
     kind = config_for(objective)
     given = run.config.model_dump(exclude_unset=True)
     config = kind.model_validate({k: v for k, v in given.items() if k in kind.model_fields})

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxalign.models.decoder import Model
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import MeshConfig, make_mesh
-from tests.rig import random_tree
+from tests.tiny import quick_jit
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,8 +47,15 @@ def tiny(**keys: Any) -> tuple[dict[str, Any], Model, dict]:
     """(config.json, model, base parameters) of a random model with `keys` over CONFIG."""
     config = CONFIG | keys
     model = Model(FAMILIES[config["model_type"]].from_hf(deepcopy(config)))
-    # Norms and biases start as constants; random ones show a mix-up.
-    return config, model, jax.tree.map(jnp.asarray, random_tree(model.shapes()[1], 7))
+
+    def base() -> dict:
+        leaves, tree = jax.tree.flatten(model.init(jax.random.key(7))[1])
+        # Norms and biases start as constants; random ones show a mix-up.
+        keys = jax.random.split(jax.random.key(8), len(leaves))
+        leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, leaves)
+
+    return config, model, quick_jit(base)()
 
 
 def state_dict(model: Model, base: dict, dtype: Any = np.float32) -> dict[str, np.ndarray]:
