@@ -77,7 +77,7 @@ def test_stages_are_watched_one_by_one() -> None:
     begun = {"loss": 0.693, "rewards/margins": 0.0, "rewards/chosen": 0.0, "logps/chosen": -200.0, "stage": 2}
     later = begun | {"rewards/margins": 0.5, "rewards/chosen": 0.2, "logps/chosen": -198.0}
     assert remarks([*first, begun, later]) == []
-    fallen = later | {"logps/chosen": -230.0}
+    fallen = later | {"logps/chosen": -230.0, "rewards/chosen": -3.0}
     assert len(remarks([*first, begun, fallen])) == 1
 
 
