@@ -192,19 +192,18 @@ class BestAgainstWorst(EstimatorConfig):
 def watched(judged: Judged, kl_coef: float, kl: str) -> dict[str, Any]:
     """TRL's metrics of a rollout."""
     known = np.isfinite(judged.reward)
-    ratio = judged.kl("k1").sum(axis=-1)
     penalty = -kl_coef * judged.kl(kl).sum(axis=-1)
-    shaped = judged.reward + penalty
     spread = np.where(known, judged.reward, np.nan)
     found = {
         "objective/scores": np.nanmean(judged.reward),
         "objective/scores_std": np.nanstd(judged.reward),
-        "objective/kl": ratio.mean(),
-        "objective/kl_k3": judged.kl("k3").sum(axis=-1).mean(),
         "objective/non_score_reward": penalty.mean(),
-        "objective/rlhf_reward": np.nanmean(shaped),
+        "objective/rlhf_reward": np.nanmean(judged.reward + penalty),
         "objective/entropy": -np.where(judged.mask, judged.old, 0).sum(axis=-1).mean(),
     }
+    if judged.ref is not None:
+        found["objective/kl"] = judged.kl("k1").sum(axis=-1).mean()
+        found["objective/kl_k3"] = judged.kl("k3").sum(axis=-1).mean()
     if judged.reward.shape[1] > 1:
         still = np.nanmax(spread, axis=1) - np.nanmin(spread, axis=1) <= 1e-8
         found["frac_reward_zero_std"] = still.mean()

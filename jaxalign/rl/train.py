@@ -54,8 +54,15 @@ def _open(
             place="reference.mode",
             remedy="leave it out",
         )
+    loss = own(objective)
+    if (config.max_kl or config.kl_target) and "ref" not in loss.needs:
+        raise UserError(
+            "nothing measures the distance from the reference: kl_coef and beta are 0",
+            place="max_kl" if config.max_kl else "kl_target",
+            remedy="set kl_coef (or beta) above 0, such as 0.01, or leave it out",
+        )
     prompts = read_asked(data, tokenizer, config, say)
-    return Online(config, own(objective), own(estimator), rewards, prompts, tokenizer, say)
+    return Online(config, loss, own(estimator), rewards, prompts, tokenizer, say)
 
 
 @dataclass(frozen=True)
