@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-DEVICES = "--xla_force_host_platform_device_count=8"
+# Eight devices on two busy cores may wait for one another longer than the 40 s after which XLA aborts.
+DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
