@@ -51,6 +51,8 @@ def scope_of(nodeid: str) -> str:
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
     """One worker for each scope, the largest first. The mark `xdist_group` does nothing in xdist 3.8 under
     pytest 9.2."""
+    if "not slow" not in config.option.markexpr:
+        return None  # whole runs share little and take minutes: one by one they fill both workers
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
