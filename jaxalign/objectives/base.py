@@ -59,6 +59,10 @@ class Objective(Protocol):
            margin                 aux "margin" [B] without gaps
            safe                   aux "safe" bool [B, G]: whether an answer is safe
            tokens_per_group       aux of that name [B]: chosen targets of a group, on average over the step
+           weight                 aux "weight" [B]: what its prompt makes a row count (`train/density.py`)
+           past                   aux "past": sum and count of a number of the rows of all updates before, and
+                                  whether this batch's rows join them (1.0) or not. The metric "running_mean"
+                                  of the loss is what the next update gets
            whole_batch            all examples of a step at once: no gradient accumulation
     rates  its usual peak learning rates, of all weights and of an adapter
     defaults  keys of the training configuration that it sets differently

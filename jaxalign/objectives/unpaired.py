@@ -79,22 +79,44 @@ class APOZeroUnpaired(Labelled):
 
 class BCO(Labelled):
     """Binary classifier optimisation (arXiv:2404.04656): -log s(beta D - d) where the answer is wanted, else
-    -log s(d - beta D). The shift d is a mean of beta D over the batch, without gradient."""
+    -log s(d - beta D). The shift d is a mean of beta D, without gradient."""
 
-    shift: Literal["classes", "pooled"] = "classes"
-    """d: the mean of both classes' means, as in the paper, or the mean over all rows"""
+    shift: Literal["classes", "pooled", "running"] = "classes"
+    """d: the mean of both classes' means over the batch, as in the paper; pooled: the mean over all rows of
+    the batch; running: over all rows of this update and those before it, as TRL has it"""
+    udm: bool = False
+    """underlying distribution matching (section 4.2 of the paper), where wanted and unwanted answers are to
+    prompts of different kinds: an unwanted one counts by how likely its prompt is to have a wanted one"""
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """As in `Objective`."""
+        more = {"past": self.shift == "running", "weight": self.udm}
+        return Labelled.needs | {name for name, asked in more.items() if asked}
 
     def __call__(self, scores: Scores, batch: Batch) -> Result:
         """The sum over the rows, and their number."""
         own, label = answers(scores).member(0), batch.aux["label"]
-        loss = self.loss(own.ratio, label, own.length > 0)
-        return reduce_rows(loss, self.reward(own), own, label)
+        reward, present = self.reward(own), own.length > 0
+        metrics: Metrics = {}
+        if self.shift == "running":
+            total, count, joins = batch.aux["past"]
+            total += joins * jax.lax.stop_gradient(jnp.where(present, reward, 0.0).sum())
+            count += joins * present.sum()
+            metrics["running_mean"] = (total, count)
+            shift = total / jnp.maximum(count, 1.0)
+        else:
+            shift = SHIFTS[self.shift](reward, label, present)
+        loss = self.loss(own.ratio, label, shift)
+        if self.udm:
+            loss = loss * batch.aux["weight"]
+        total, count, shared = reduce_rows(loss, reward, own, label)
+        return total, count, shared | metrics
 
-    def loss(self, ratio: jax.Array, label: jax.Array, present: jax.Array) -> jax.Array:
+    def loss(self, ratio: jax.Array, label: jax.Array, shift: jax.Array) -> jax.Array:
         """float32 [B]."""
-        reward = self.beta * ratio
-        shift = jax.lax.stop_gradient(SHIFTS[self.shift](reward, label, present))
-        return -log_sigmoid(jnp.where(label, reward - shift, shift - reward))
+        above = self.beta * ratio - jax.lax.stop_gradient(shift)
+        return -log_sigmoid(jnp.where(label, above, -above))
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jaxalign.data.preferences import ScoredRecord, scored_record
 from jaxalign.data.records import Message
 from jaxalign.data.tokenize import Truncation, tokenize_groups
 from jaxalign.errors import UserError
+from jaxalign.extras import optional
 from jaxalign.rl.rewards import FUNCTIONS, Answer, RewardConfig
 from jaxalign.train.reward_model import RewardModel, load_reward_model
 
@@ -97,7 +98,7 @@ class JsonSchema(RewardConfig):
 
     @cached_property
     def _validator(self) -> Any:
-        validators = _extra("jsonschema.validators", "jsonschema")
+        validators = optional("jsonschema.validators", "jsonschema", extra="rewards", place="rewards")
         schema = {"type": "object"}
         if self.schema_file is not None:
             try:
@@ -120,7 +121,7 @@ class Sentiment(RewardConfig):
 
     def __call__(self, answers: Sequence[Answer]) -> Values:
         """0 where no word has a polarity."""
-        blob = _extra("textblob", "textblob").TextBlob
+        blob = optional("textblob", "textblob", extra="rewards", place="rewards").TextBlob
         return [float(blob(answer.text).sentiment.polarity) for answer in answers]
 
 
@@ -208,12 +209,3 @@ def _record(index: int, answer: Answer) -> ScoredRecord:
         return scored_record(prompt.text or "", [answer.text], [0.0], meta={"id": str(index)})
     turns = (Message("assistant", answer.text),)
     return scored_record(prompt.messages, [turns], [0.0], meta={"id": str(index)})
-
-
-def _extra(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{package} is not installed", place="rewards", remedy="pip install 'jaxalign[rewards]'"
-        ) from error

@@ -241,33 +241,46 @@ class Machine:
     def state_shardings(self) -> Any:
         """Where every leaf of the state lies."""
         w = self.weights
-        return state_shardings(w.params, self.optimizer, w.shardings, self.mesh, held(self.mode))
+        return state_shardings(w.params, self.optimizer, w.shardings, self.mesh, **self._kept)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state."""
         w = self.weights
-        args = (self.optimizer, w.shardings, self.mesh, self.config.seed, held(self.mode))
-        shapes = jax.eval_shape(lambda params: init_state(params, *args), w.params)
+        args = (self.optimizer, w.shardings, self.mesh, self.config.seed)
+        shapes = jax.eval_shape(lambda params: init_state(params, *args, **self._kept), w.params)
         like = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(like, shapes, self.state_shardings)
 
     def new_state(self) -> TrainState:
         """The state before the first step. Takes the weights' `params`: they are gone afterwards."""
         w = self.weights
-        return init_state(w.params, self.optimizer, w.shardings, self.mesh, self.config.seed, held(self.mode))
+        args = (self.optimizer, w.shardings, self.mesh, self.config.seed)
+        return init_state(w.params, *args, **self._kept)
+
+    @property
+    def _kept(self) -> dict[str, bool]:
+        """What the state holds besides what every state does."""
+        return {"reference": held(self.mode), "past": "past" in self.objective.needs}
 
     def parts(self, state: TrainState) -> Parts:
         """A state as a checkpoint holds it. A frozen reference is not in it: the run began with it."""
         moving = state.reference if self.mode == "ema" else None
         rest = {"step": state.step, "key": state.key}
-        return {"params": state.params, "opt": state.opt, "rest": rest, "reference": moving}
+        return {
+            "params": state.params,
+            "opt": state.opt,
+            "rest": rest,
+            "reference": moving,
+            "past": state.past,
+        }
 
     def resumed(self, parts: Parts) -> TrainState:
         """The state that a checkpoint's `parts` make. Takes the weights' `params` too."""
         rest = parts["rest"]
         reference = self.weights.params if self.mode == "frozen" else parts["reference"]
-        return TrainState(rest["step"], parts["params"], parts["opt"], rest["key"], reference)
+        kept = (parts["params"], parts["opt"], rest["key"], reference, parts["past"])
+        return TrainState(rest["step"], *kept)
 
     def forget_start(self) -> None:
         """Frees the weights' `params` on the devices, where a checkpoint takes their place."""

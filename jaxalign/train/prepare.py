@@ -1,6 +1,7 @@
-"""What a model tells about the data before the first step: the reference's log-probs, the gaps of stages.
+"""What a model tells about the data before the first step: the reference's log-probs, how much prompts of one
+label are like those of the other, the gaps of stages.
 
-Both are kept in files of the run's folder, so that a run that is resumed, perhaps on other devices, goes on
+All are kept in files of the run's folder, so that a run that is resumed, perhaps on other devices, goes on
 with the very numbers it began with.
 """
 
@@ -9,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from hashlib import sha256
+from typing import Any, cast
 
 import numpy as np
 
 from jaxalign.data.rows import Item, members_of
 from jaxalign.errors import UserError
 from jaxalign.train.assemble import Machine
+from jaxalign.train.density import density_weights, vectors_of_prompts
 from jaxalign.train.folder import RunFolder
 from jaxalign.train.inputs import Inputs, make_source
 from jaxalign.train.precompute import Subject, digest, kept, with_log_probs
+from jaxalign.types import Group
 
 GAPS_FILE = Subject(
     "gaps of the stages", "delete the file if no update was made yet, else go on with the same model and data"
 )
+
+WEIGHTS_FILE = Subject("weights of the rows", GAPS_FILE.remedy)
 
 Gaps = Callable[[Machine, Sequence[Item], dict[str, Any]], np.ndarray]
 
@@ -77,6 +83,8 @@ class Preparation:
         """The inputs, with what the reference policy and the stages ask for. Raises `UserError`."""
         if self.machine.mode == "precomputed":
             inputs = self._with_reference(inputs)
+        if "weight" in self.machine.objective.needs:
+            inputs = self._weighted(inputs)
         stages = getattr(self.machine.config, "stages", None)
         return self._sorted(inputs, stages.by) if stages is not None and stages.by in GAPS else inputs
 
@@ -104,8 +112,37 @@ class Preparation:
             self.say,
             **self._how,
         )
-        source = make_source(items[: len(train)], c, self.machine.objective, self.pad_id)
-        return replace(inputs, source=source, held_out=items[len(train) :])
+        return self._renewed(inputs, items)
+
+    def _weighted(self, inputs: Inputs) -> Inputs:
+        """The inputs with aux `weight` on every row, from its file or computed and written there."""
+        machine, train = self.machine, inputs.source.examples
+        items = [cast(Group, item) for item in (*train, *inputs.held_out)]
+        wanted = np.asarray([bool(item.aux["label"]) for item in items])
+
+        def compute() -> np.ndarray:
+            base = machine.reference().base
+            vectors = vectors_of_prompts(machine.weights.model, base, machine.mesh, items, **self._how)
+            return density_weights(vectors, wanted, len(train))
+
+        made_from = {
+            "weights": machine.reference().identity,
+            "rows": digest(items),
+            "labels": sha256(wanted.tobytes()).hexdigest(),
+        }
+        weights = kept(self.folder.path / "weights.npz", made_from, compute, WEIGHTS_FILE, self.say)
+        least, most = weights[~wanted].min(), weights[~wanted].max()
+        self.say(f"udm: {(~wanted).sum()} unwanted answers count {least:.2f} to {most:.2f} times")
+        return self._renewed(
+            inputs,
+            [replace(i, aux=i.aux | {"weight": float(w)}) for i, w in zip(items, weights, strict=True)],
+        )
+
+    def _renewed(self, inputs: Inputs, items: Sequence[Item]) -> Inputs:
+        """The inputs with other `items` in place of theirs, in their order."""
+        train = len(inputs.source.examples)
+        source = make_source(items[:train], self.machine.config, self.machine.objective, self.pad_id)
+        return replace(inputs, source=source, held_out=list(items[train:]))
 
     def _sorted(self, inputs: Inputs, by: str) -> Inputs:
         """The inputs with their pairs in stages by a gap that the model tells."""

@@ -101,12 +101,14 @@ def make_step(
             state = replace(state, reference=move(state.reference, state.params, state.step))
 
         def micro(index: jax.Array, part: Batch) -> Any:
+            part = _with_past(part, state.past, 1.0)
             grad = jax.value_and_grad(loss, has_aux=True)
             noise = jax.random.fold_in(key, index)
             (total, (weight, metrics)), grads = grad(state.params, state.reference, base, part, noise)
             return grads, {"loss": (total, weight), **metrics}, (part.segments != 0).sum()
 
         grads, metrics, tokens = _sum_over(micro, batch)
+        past = None if state.past is None else jnp.stack(metrics["running_mean"])
         weight = jnp.maximum(metrics["loss"][1], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -114,14 +116,14 @@ def make_step(
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        params, opt = jax.tree.map(keep, (params, opt), (state.params, state.opt))
+        params, opt, past = jax.tree.map(keep, (params, opt, past), (state.params, state.opt, state.past))
         report = divide(metrics) | {
             "grad_norm": norm,
             "num_tokens": tokens,
             "num_targets": metrics["loss"][1],
             "nonfinite": 1 - finite.astype(jnp.int32),
         }
-        return replace(state, step=state.step + 1, params=params, opt=opt), report
+        return replace(state, step=state.step + 1, params=params, opt=opt, past=past), report
 
     return step
 
@@ -148,6 +150,12 @@ def _with_tokens_per_group(batch: Batch) -> Batch:
     return replace(batch, aux=batch.aux | {"tokens_per_group": jnp.full(counts.shape, mean)})
 
 
+def _with_past(batch: Batch, past: Any, joins: float) -> Batch:
+    """The batch with aux "past", where the state keeps one: sum and count so far, and whether the rows of the
+    batch join them (1.0) or not (0.0)."""
+    return batch if past is None else replace(batch, aux=batch.aux | {"past": (*past, joins)})
+
+
 def make_eval(model: Model, objective: Objective, mesh: Mesh, *, train_base: bool = False) -> Eval:
     """eval(state, base, batch [B, G, T]) -> {name: (sum, weight)}, without training noise."""
     loss = make_loss(model, objective, mesh, train_base)
@@ -156,6 +164,7 @@ def make_eval(model: Model, objective: Objective, mesh: Mesh, *, train_base: boo
     def evaluate(state: TrainState, base: Params, batch: Batch) -> Metrics:
         if "tokens_per_group" in objective.needs:
             batch = _with_tokens_per_group(batch)
+        batch = _with_past(batch, state.past, 0.0)
         total, (weight, metrics) = loss(state.params, state.reference, base, batch, None)
         return {"loss": (total, weight), **metrics}
 

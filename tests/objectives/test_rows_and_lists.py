@@ -74,8 +74,50 @@ def test_other_labelled_losses(published: dict[str, Any]) -> None:  # noqa: F811
     v = published["bco_unpaired"]
     ratio, label = jnp.asarray(v["inputs"]["logratio"]), jnp.asarray(v["inputs"]["desirable"]) > 0
     for shift, name in (("pooled", "trl_pooled_delta"), ("classes", "paper_half_sum_delta")):
-        got = unpaired.BCO(shift=shift).loss(ratio, label, jnp.ones(4, bool))  # type: ignore[arg-type]
+        mean = unpaired.SHIFTS[shift](0.1 * ratio, label, jnp.ones(4, bool))
+        np.testing.assert_allclose(mean, v["expected"][name]["delta"], rtol=1e-5)
+        got = unpaired.BCO().loss(ratio, label, mean)
         np.testing.assert_allclose(got, v["expected"][name]["per_example"], rtol=1e-5)
+
+
+def rewarded(rewards: list[float], past: Any) -> tuple[Scores, Batch]:
+    """Rows [B, 1, 1] whose answers have these rewards at beta 0.1."""
+    ratio = 10 * jnp.asarray(rewards)[:, None, None]
+    zeros, ones = jnp.zeros_like(ratio), jnp.ones(ratio.shape, bool)
+    label = jnp.arange(len(rewards)) != len(rewards) - 1
+    batch = Batch(ones, ones, ones, ones, {"label": label, "past": past})
+    return Scores(ratio, zeros, zeros, zeros, zeros, ones, ref=zeros), batch
+
+
+def test_a_running_shift_is_over_all_rows_so_far(published: dict[str, Any]) -> None:  # noqa: F811
+    v, bco, past = published["running_moments"], unpaired.BCO(shift="running"), (jnp.zeros(()),) * 2
+    for number in ("1", "2"):
+        rewards = v["inputs"][f"batch{number}"]
+        total, _, metrics = bco(*rewarded(rewards, (*past, 1.0)))
+        want = v["expected"][f"mean_after_batch{number}"]
+        past = metrics["running_mean"]
+        np.testing.assert_allclose(past[0] / past[1], want, rtol=1e-6)
+        label = jnp.arange(len(rewards)) != len(rewards) - 1
+        np.testing.assert_allclose(
+            total, bco.loss(10 * jnp.asarray(rewards), label, jnp.float32(want)).sum(), rtol=1e-5
+        )
+    evaluated = bco(*rewarded([5.0, 7.0], (*past, 0.0)))[2]["running_mean"]
+    np.testing.assert_allclose(evaluated, past)
+
+
+def test_udm_weighs_the_rows() -> None:
+    s, batch = grouped(4, 1)
+    plain = unpaired.BCO()(s, batch)
+    batch.aux["weight"] = jnp.array([1.0, 3.0, 1.0, 3.0])
+    total, count, _ = unpaired.BCO(udm=True)(s, batch)
+    label = batch.aux["label"]
+    reward = 0.1 * jnp.where(s.mask, s.logp - s.ref, 0.0).sum((1, 2))
+    loss = unpaired.BCO().loss(
+        10 * reward, label, unpaired.SHIFTS["classes"](reward, label, s.mask.any((1, 2)))
+    )
+    np.testing.assert_allclose(plain[0], loss.sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, (loss * batch.aux["weight"]).sum(), rtol=1e-5)
+    assert count == plain[1] == 4
 
 
 def test_lists(published: dict[str, Any]) -> None:  # noqa: F811

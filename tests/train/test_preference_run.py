@@ -168,6 +168,40 @@ def test_a_run_goes_on_with_its_reference(here: Path, tmp_path: Path, mode: str)
 
 
 @pytest.mark.slow
+def test_a_running_mean_goes_on_where_it_stood(here: Path, tmp_path: Path) -> None:
+    keys = ["shift=running", "checkpoint_every=1", "schedule=constant", "warmup_ratio=0"]
+    whole = run(here, tmp_path / "whole", "bco", *keys, "max_steps=4")
+    run(here, tmp_path / "parts", "bco", *keys, "max_steps=2")
+    again = run(here, tmp_path / "parts", "bco", *keys, "max_steps=4")
+    one, two = adapter(whole.folder), adapter(again.folder)
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    rows = [row for row in read_lines(whole.folder / "metrics.jsonl") if "running_mean" in row]
+    assert len(rows) == 4
+    assert rows[0]["running_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[-1]["running_mean"] != pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_prompts_of_one_label_weigh_unwanted_rows(here: Path, tmp_path: Path) -> None:
+    """Half of the unwanted answers are to prompts like those of wanted ones, half to others."""
+    pytest.importorskip("sklearn", reason="the extra `statistics` is not installed")
+    asks = lambda i: "Say sun." if i % 4 < 3 else "QQQQ ZZZZ?"  # noqa: E731
+    rows = [{"prompt": f"{asks(i)} {i}", "completion": f"{i}!", "label": i % 4 < 2} for i in range(32)]
+    data, keys = write(tmp_path / "rows.jsonl", rows), ["udm=true", "eval_fraction=0", "checkpoint_every=1"]
+    out = tmp_path / "out"
+    run(here, out, "bco", *keys, "max_steps=2", "schedule=constant", rows=data)
+    with np.load(out / "weights.npz") as saved:
+        weights = saved["logp"]
+    wanted, near = ([i % 4 in kinds for i in range(32)] for kinds in ((0, 1), (2,)))
+    far = [i % 4 == 3 for i in range(32)]
+    np.testing.assert_array_equal(weights[wanted], 1.0)
+    np.testing.assert_array_less(weights[far], 0.7)
+    np.testing.assert_array_less(0.9, weights[near])
+    again = run(here, out, "bco", *keys, "max_steps=4", "schedule=constant", rows=data)
+    assert again.resumed_from == 2
+
+
+@pytest.mark.slow
 def test_a_moving_reference_moves(here: Path, tmp_path: Path) -> None:
     """After the move the policy is its reference again: a loss of ln 2. The first update has a rate of 0."""
     keys = ["reference.mode=ema", "reference.sync_every=3", "reference.mix=1", "max_steps=4"]
