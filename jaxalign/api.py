@@ -139,23 +139,19 @@ def plan(
 
 
 def plan_of(run: Run, on: str | None = None, mfu: float = 0.4) -> Plan:
-    """The plan of a run; of a method that samples, that of its training steps."""
-    from jaxalign.preflight import plan_run
+    """The plan of a run; of a method in rounds, that of its training steps."""
+    from jaxalign.preflight import plan_online, plan_run
     from jaxalign.train.settings import config_for
 
     if run.method not in ONLINE:
         return plan_run(run.method, run.model, run.data, run.config, on=on, mfu=mfu)
-    objective = ONLINE[run.method].objective
-    if objective is None:
-        raise UserError(
-            f"there is no plan of {run.method} yet",
-            place="method",
-            remedy="its updates are about those of sft over batch_size x n rows: plan that",
-        )
-    kind = config_for(objective)
+    method = ONLINE[run.method]
+    if method.loss is not None:
+        return plan_online(method.loss, run.model, run.config, on=on, mfu=mfu)
+    kind = config_for(method.objective)
     given = run.config.model_dump(exclude_unset=True)
     config = kind.model_validate({k: v for k, v in given.items() if k in kind.model_fields})
-    return plan_run(objective, run.model, None, config, on=on, mfu=mfu)
+    return plan_run(method.objective, run.model, None, config, on=on, mfu=mfu)
 
 
 # ------------------------------------------------------------------------------------------- sampling

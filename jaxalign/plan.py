@@ -55,6 +55,17 @@ MACHINES: dict[str, tuple[str, float]] = {
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """`answers` of at most `max_tokens` tokens each, `slots` of them under way at the same time; `passes` are
+    made over them before the updates: log-probs, of the reference too, and values."""
+
+    answers: int
+    max_tokens: int
+    slots: int
+    passes: int
+
+
+@dataclass(frozen=True)
 class Job:
     """One optimiser step, as far as arithmetic can see it.
 
@@ -63,6 +74,8 @@ class Job:
     length      tokens of a sequence, padding included
     quantise    how the frozen base's kernels are kept
     reference   what the reference policy is: one of `train.reference.Mode`, None where there is none
+    trunks      adapters that train side by side: 2 for a policy and its critic
+    rollout     how answers are sampled between updates, None where none are
     optimizer   bytes of optimiser state per byte of trained parameters
     chunk       tokens a row whose logits exist at a time; on one device, tokens of all rows together
     examples    rows of the data set and their tokens, None where there is no data
@@ -86,6 +99,8 @@ class Job:
     members: int = 1
     quantise: str = "none"
     reference: str | None = None
+    trunks: int = 1
+    rollout: Rollout | None = None
 
     @property
     def sequences(self) -> int:
@@ -139,18 +154,26 @@ def machine_named(text: str) -> Machine:
 
 def make_plan(job: Job) -> Plan:
     """All facts of `job`, in the order in which they are shown."""
-    memory = list(_memory(job))
-    total = sum(f.value for f in memory)
-    memory.append(Fact("memory of a device", "total", total, "bytes"))
-    problems = list(_problems(job))
+    memory, problems = list(_memory(job)), list(_problems(job))
+    memory.append(Fact(MEMORY, "total", sum(f.value for f in memory), "bytes"))
+    sampling = list(_sampling(job, memory))
     if job.machine.memory is not None:
-        memory.append(Fact("memory of a device", "available", job.machine.memory, "bytes", job.machine.kind))
-        if total > job.machine.memory:
-            problems.append(
-                f"needs {total / 1e9:.1f} GB a device and there are {job.machine.memory / 1e9:.1f}: take "
-                "more devices (mesh.fsdp), remat=full, or a smaller batch_size with more grad_accumulation"
-            )
-    return Plan([*_parameters(job), *memory, *_work(job), *_course(job)], problems)
+        memory.append(Fact(MEMORY, "available", job.machine.memory, "bytes", job.machine.kind))
+        for found in (memory, sampling):
+            total = next((f.value for f in found if f.name == "total"), 0.0)
+            if total > job.machine.memory:
+                problems.append(
+                    f"needs {total / 1e9:.1f} GB a device and there are {job.machine.memory / 1e9:.1f}: take "
+                    + ENOUGH[found[0].section]
+                )
+    return Plan([*_parameters(job), *memory, *sampling, *_work(job), *_course(job)], problems)
+
+
+MEMORY, SAMPLING = "memory of a device", "memory of a device while sampling"
+ENOUGH = {
+    MEMORY: "more devices (mesh.fsdp), remat=full, or a smaller batch_size with more grad_accumulation",
+    SAMPLING: "more devices (mesh.fsdp), a smaller rollout_batch_size, or a smaller max_length",
+}
 
 
 # ------------------------------------------------------------------------------------------ sections
@@ -158,7 +181,7 @@ def make_plan(job: Job) -> Plan:
 
 def _parameters(job: Job) -> Iterator[Fact]:
     adapter, base = _trees(job.model)[0]
-    total, extra = parameter_count(base), parameter_count(adapter)
+    total, extra = parameter_count(base), parameter_count(adapter) * job.trunks
     trained = extra or total
     yield Fact("parameters", "base", total)
     yield Fact("parameters", "adapter", extra)
@@ -167,8 +190,9 @@ def _parameters(job: Job) -> Iterator[Fact]:
 
 
 def _memory(job: Job) -> Iterator[Fact]:
-    section = "memory of a device"
+    section = MEMORY
     adapter, base = (_per_device(s, a, job.mesh) for s, a in zip(*_trees(job.model), strict=True))
+    adapter *= job.trunks
     trained = adapter or base
     accumulators = 1 + (job.accumulation > 1)
     if adapter:
@@ -192,9 +216,35 @@ def _memory(job: Job) -> Iterator[Fact]:
     yield Fact(section, "logits", _logits(job), "bytes", f"{job.chunk} tokens at a time, and their slopes")
 
 
+def _sampling(job: Job, training: list[Fact]) -> Iterator[Fact]:
+    """What lies in memory besides states that stay: the weights merged, twice while they are cut into layers,
+    and the keys and values of all slots at full length."""
+    if job.rollout is None:
+        return
+    c = job.model.config
+    _, base = (_per_device(s, a, job.mesh) for s, a in zip(*_trees(job.model), strict=True))
+    stays = sum(f.value for f in training if f.name in ("weights", "adapters", "reference", "optimiser"))
+    rows = job.rollout.slots / (job.mesh["data"] * job.mesh["fsdp"])
+    token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * job.compute_bytes / job.mesh["tensor"]
+    yield Fact(SAMPLING, "states", stays, "bytes", "weights, adapters and optimiser of training")
+    yield Fact(SAMPLING, "merged weights", 2 * base * job.compute_bytes, "bytes", "two copies for a moment")
+    yield Fact(SAMPLING, "cache", rows * token * job.length, "bytes", f"{job.rollout.slots} slots, all full")
+    total = stays + 2 * base * job.compute_bytes + rows * token * job.length
+    yield Fact(SAMPLING, "total", total, "bytes")
+
+
 def _work(job: Job) -> Iterator[Fact]:
+    if job.rollout is not None:
+        drawn = job.rollout.answers * job.rollout.max_tokens
+        forward = forward_flops(job.model, job.length)
+        seen = job.rollout.answers * job.length
+        yield Fact("rollout", "answers", job.rollout.answers)
+        yield Fact("rollout", "tokens drawn", drawn, note="if none ends early")
+        yield Fact(
+            "rollout", "work", forward * (drawn + job.rollout.passes * seen), "FLOPs", "passes included"
+        )
     tokens = job.sequences * job.length * job.accumulation
-    flops = flops_per_token(job.model, job.length)
+    flops = flops_per_token(job.model, job.length) * job.trunks
     if job.reference not in (None, "precomputed"):
         flops += forward_flops(job.model, job.length)
     many = f"{job.rows} rows x {job.members} answers" if job.members > 1 else f"{job.rows} rows"
@@ -313,7 +363,7 @@ def _activations(job: Job) -> float:
     """Bytes that the backward pass finds in memory on one device."""
     layers, kept = job.model.config.num_layers, _kept_per_layer(job)
     per_token = layers * kept[job.model.remat] + (kept["none"] if job.model.remat != "none" else 0)
-    return per_token * _tokens_per_device(job)
+    return job.trunks * per_token * _tokens_per_device(job)
 
 
 def _kept_per_layer(job: Job) -> dict[str, float]:

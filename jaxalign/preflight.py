@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from jaxalign.models.load import open_checkpoint
 from jaxalign.models.peft import open_adapter
 from jaxalign.models.source import resolve
 from jaxalign.models.store import read_json
-from jaxalign.plan import Job, Machine, Plan, machine_named, make_plan
+from jaxalign.plan import Job, Machine, Plan, Rollout, machine_named, make_plan
 from jaxalign.registry import FAMILIES
 from jaxalign.sharding import mesh_sizes
 from jaxalign.train.assemble import HEADROOM, check_foldable, remat_policies
@@ -37,6 +39,35 @@ def plan_run(
 
     Without `on` the devices of this machine are meant, and started. Raises `UserError`.
     """
+    config, job, objective = _job(partial(objective_for, method), model, config, on, mfu)
+    return make_plan(_with_remat(_with_data(job, model, data, config, objective), config.remat))
+
+
+def plan_online(loss: Any, model: str, config: Any, on: str | None = None, mfu: float = 0.4) -> Plan:
+    """The plan of a method that samples while it learns: its updates at full length, and its rollouts. `loss`
+    is the class of its objective. Raises `UserError`."""
+    make = lambda config: loss(**{name: getattr(config, name) for name in loss.model_fields})  # noqa: E731
+    config, job, objective = _job(make, model, config, on, mfu)
+    answers = (config.batch_size or 1) * config.minibatches * config.n
+    beside = getattr(config, "ptx_data", None) is not None
+    alone = objective.group - beside == 1
+    critic = objective.kind == "actor_critic"
+    passes = 1 + ("ref" in objective.needs) + critic
+    job = replace(
+        job,
+        rows=job.rows * (config.n if alone else 1),
+        members=1 + beside if alone else (objective.group or config.n),
+        trunks=1 + critic,
+        rollout=Rollout(answers, config.max_tokens, config.rollout_batch_size, passes),
+    )
+    return make_plan(_with_remat(job, config.remat))
+
+
+def _job(
+    objective_of: Callable[[Any], Any], model: str, config: Any, on: str | None, mfu: float
+) -> tuple[Any, Job, Any]:
+    """(the configuration with what is left to the machine and the model, the job without its data, the
+    objective)."""
     machine = machine_named(on) if on else this_machine()
     mesh = mesh_sizes(config.mesh, machine.count)
     dtype = config.dtype if config.dtype != "auto" else "bf16" if on else resolve_dtype("auto")
@@ -45,7 +76,7 @@ def plan_run(
     config = config.model_copy(update={"batch_size": rows, "dtype": dtype})
     raw, adapter, imported = read_config(model, config)
     config = config.with_adapter(adapter)
-    objective = objective_for(method, config)
+    objective = objective_of(config)
     job = Job(
         Model(FAMILIES[raw.get("model_type", "")].from_hf(raw), adapter),
         mesh,
@@ -60,8 +91,7 @@ def plan_run(
         quantise=config.quantise,
         reference=_reference(objective, config, imported),
     )
-    job = replace(job, optimizer=optimizer_share(job.model, config))
-    return make_plan(_with_remat(_with_data(job, model, data, config, objective), config.remat))
+    return config, replace(job, optimizer=optimizer_share(job.model, config)), objective
 
 
 def _reference(objective: Any, config: Any, imported: bool) -> str | None:

@@ -127,8 +127,9 @@ def _load_head(store: TensorStore, size: int, mesh: Mesh) -> Params | None:
     return {"kernel": _load_leaf(store, HEAD, (1, size), everywhere, np.dtype(np.float32))}
 
 
-def load_adapter(loaded: Loaded, folder: Path, mesh: Mesh) -> tuple[Adapter, Params]:
-    """One more PEFT adapter for a base that is loaded: its configuration, and its parameters on `mesh`.
+def load_adapter(loaded: Loaded, folder: Path, mesh: Mesh) -> tuple[Adapter, Params, Params | None]:
+    """One more PEFT adapter for a base that is loaded: its configuration, its parameters on `mesh`, and the
+    head of a reward model where it has one.
 
     Raises `UserError` as `load_model` does.
     """
@@ -137,7 +138,8 @@ def load_adapter(loaded: Loaded, folder: Path, mesh: Mesh) -> tuple[Adapter, Par
     assert imported is not None
     model = replace(loaded.model, adapter=imported.config)
     shardings = tree_shardings(mesh, model.axes()[0], model.shapes()[0])
-    return imported.config, _load_adapter(imported, rules, model, shardings)
+    head = _load_head(imported.store, loaded.model.config.hidden_size, mesh)
+    return imported.config, _load_adapter(imported, rules, model, shardings), head
 
 
 def _load_adapter(imported: PeftAdapter, rules: list[NameRule], model: Model, shardings: Params) -> Params:

@@ -33,6 +33,7 @@ class Scores:
                  (only where needed, else None)
     prompt       [B, D] a vector of what each prompt is about (no gradient; only where needed, else None)
     value        a critic's value of the state before the token (only where there is a critic, else None)
+    cost_value   the same of costs, where there are any
     """
 
     logp: Any
@@ -46,6 +47,7 @@ class Scores:
     rivals: Any = None
     prompt: Any = None
     value: Any = None
+    cost_value: Any = None
 
 
 class Objective(Protocol):
@@ -66,6 +68,7 @@ class Objective(Protocol):
            whole_batch            all examples of a step at once: no gradient accumulation
     rates  its usual peak learning rates, of all weights and of an adapter
     defaults  keys of the training configuration that it sets differently
+    bounds   the most that a metric of an update may be, by name: one beyond it is not made
     softness  what logits are divided by before they become log-probs: the temperature of a sampled policy
     """
 
@@ -76,6 +79,7 @@ class Objective(Protocol):
     rates: ClassVar[tuple[float, float]]
     defaults: ClassVar[dict[str, Any]]
     softness: ClassVar[float]
+    bounds: ClassVar[dict[str, float]]
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
         """(sum of the loss, its weight, metrics): the loss of a step is sum / weight over all its parts."""
@@ -94,6 +98,7 @@ class TokenLoss(Config):
     needs: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
     softness: ClassVar[float] = 1.0
+    bounds: ClassVar[dict[str, float]] = {}
 
     def fault(self, aux: dict[str, Any]) -> str | None:
         """Any row will do."""

@@ -7,6 +7,7 @@ In the docstrings r is the ratio p / p_old, A the advantage, and e the clipping 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,6 +17,8 @@ from pydantic import Field
 from jaxalign.objectives.answers import Result, clamped_exp
 from jaxalign.objectives.base import Metrics, Scores, TokenLoss
 from jaxalign.types import Batch
+
+MOST = 10.0  # mean ratio of policies above which an update is not made, where there is a bound
 
 
 class PolicyLoss(TokenLoss):
@@ -31,11 +34,19 @@ class PolicyLoss(TokenLoss):
     """weight of the KL divergence from the reference that is taken off the rewards; 0 takes nothing"""
     beta: float = Field(0.0, ge=0)
     """weight of the KL divergence from the reference within the loss; 0 leaves it out"""
+    max_approxkl: float | None = Field(None, gt=0)
+    """an update is skipped where the policy is further than this from the one that sampled, in nats a token
+    (policy/approxkl), or the ratio of the two above 10 on average; null makes all"""
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The reference, where its distance weighs anything."""
         return frozenset({"ref"}) if self.kl_coef or self.beta else frozenset()
+
+    @property
+    def bounds(self) -> dict[str, float]:  # type: ignore[override]
+        """As in `Objective`."""
+        return {"policy/approxkl": self.max_approxkl, "val/ratio": MOST} if self.max_approxkl else {}
 
     @property
     def softness(self) -> float:
@@ -114,24 +125,64 @@ class PairwisePolicy(PolicyLoss):
 class ActorCritic(PolicyLoss):
     """PPO's policy and value losses: the mean over tokens of max(-A r, -A clip(r, 1 - e, 1 + e)), plus half
     of c times that of max((V - G)^2, (clip(V, V_old - f, V_old + f) - G)^2) (arXiv:1707.06347, section 5);
-    f is `value_epsilon`, c `value_coef`, G the returns."""
+    f is `value_epsilon`, c `value_coef`, G the returns. With `ptx_data` every answer has one more row beside
+    it, and the row's mean NLL, on average over the rows, is added `ptx_coef` times (arXiv:2203.02155, eq. 2).
+    """
 
     kind: ClassVar[str] = "actor_critic"
-    group: ClassVar[int] = 1
     epsilon: float = Field(0.2, gt=0)
     """how far the ratio may move before it has no more gradient"""
     value_epsilon: float = Field(0.2, gt=0)
     """how far a value may move from what it was at the rollout before it has no more gradient"""
     value_coef: float = Field(0.1, ge=0)
     """weight of the critic's loss"""
+    ptx_data: Path | None = None
+    """rows to fine-tune on beside the rewards, so that nothing is forgotten; null has none"""
+    ptx_coef: float = Field(1.0, gt=0)
+    """weight of their loss"""
+    costs: dict[str, Any] = Field(default_factory=dict)
+    """what must not pass `cost_limit` on average, in blocks like those of `rewards`; a cost model is
+    {harm: {kind: model, model: RUN}}. With ppo the costs have a critic of their own"""
+
+    @property
+    def heads(self) -> int:
+        """Rows of the critic's head: rewards, and costs."""
+        return 2 if self.costs else 1
+
+    @property
+    def group(self) -> int:
+        """The answer, and its row of `ptx_data`."""
+        return 1 if self.ptx_data is None else 2
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """As in `Objective`."""
+        return super().needs | (frozenset() if self.ptx_data is None else {"tokens_per_group"})
 
     def __call__(self, scores: Scores, batch: Batch) -> Result:
         """The sum over tokens, and their number."""
+        if self.ptx_data is None:
+            return self.rewarded(scores, batch)
+        first = lambda x: x if x.ndim == 1 else x[:, :1]  # noqa: E731
+        total, count, metrics = self.rewarded(*jax.tree.map(first, (scores, batch)))
+        answer, row = scores.mask[:, 0].any(axis=-1), scores.mask[:, 1]
+        mean = jnp.where(row, -scores.logp[:, 1], 0.0).sum(axis=-1) / jnp.maximum(row.sum(axis=-1), 1)
+        # The loss is divided by the number of answers' tokens: so many for an answer on average.
+        added = jnp.where(answer, mean, 0.0) * batch.aux["tokens_per_group"]
+        rows = answer.sum().astype(jnp.float32)
+        metrics["loss/ptx"] = jax.lax.stop_gradient((jnp.where(answer, mean, 0.0).sum(), rows))
+        return total + self.ptx_coef * added.sum(), count, metrics
+
+    def rewarded(self, scores: Scores, batch: Batch) -> Result:
+        """The losses of policy and critic over answers [B, 1, T]."""
         aux, mask = batch.aux, scores.mask
         ratio = log_ratio(scores, aux, "token")
         policy = clipped(ratio, aux["advantage"], self.epsilon) + penalty(self, scores)
         policy = jnp.where(mask, policy * aux["policy_weight"][:, None, None], 0.0)
         value, moved = value_loss(scores.value, aux["value_old"], aux["returns"], self.value_epsilon)
+        if self.costs:
+            old, returns = aux["cost_value_old"], aux["cost_returns"]
+            value = value + value_loss(scores.cost_value, old, returns, self.value_epsilon)[0]
         value = jnp.where(mask, value, 0.0)
         count = mask.sum().astype(jnp.float32)
         metrics = watch(scores, ratio, aux["advantage"], self.epsilon, None) | {

@@ -26,6 +26,7 @@ class RewardLoss(Config):
     rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
     defaults: ClassVar[dict[str, Any]] = {"epochs": 1.0}
     softness: ClassVar[float] = 1.0
+    bounds: ClassVar[dict[str, float]] = {}
 
     def fault(self, aux: dict[str, Any]) -> str | None:
         """Any row will do."""

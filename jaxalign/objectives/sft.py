@@ -22,6 +22,7 @@ class SFT(Config):
     rates: ClassVar[tuple[float, float]] = (2e-5, 2e-4)
     defaults: ClassVar[dict[str, Any]] = {}
     softness: ClassVar[float] = 1.0
+    bounds: ClassVar[dict[str, float]] = {}
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of the target spread evenly over the vocabulary (arXiv:1512.00567, section 7)"""

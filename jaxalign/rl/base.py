@@ -15,9 +15,11 @@ class Method:
 
     config     the class of its keys
     run        (model, prompts, output folder, configuration) -> how it ended
-    objective  the offline method whose training step it makes, for `plan`; None has no plan yet
+    objective  the offline method that each of its rounds trains by, or ""
+    loss       the class of its objective where it samples while it learns, or None
     """
 
     config: type[Config]
     run: Callable[..., Any]
-    objective: str | None
+    objective: str = ""
+    loss: Any = None

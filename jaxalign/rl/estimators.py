@@ -25,6 +25,7 @@ class Judged:
     old      [P, n, T] log-probs under the policy that sampled; ref: under the reference, or None
     value    [P, n, T] of a critic, or None
     baseline [P] reward of the greedy answer, or None
+    cost     [P, n] like `reward`; cost_value and cost_baseline like theirs: None where there are no costs
     """
 
     reward: np.ndarray
@@ -33,6 +34,9 @@ class Judged:
     ref: np.ndarray | None = None
     value: np.ndarray | None = None
     baseline: np.ndarray | None = None
+    cost: np.ndarray | None = None
+    cost_value: np.ndarray | None = None
+    cost_baseline: np.ndarray | None = None
 
     def kl(self, kind: str = "k1") -> np.ndarray:
         """[P, n, T] estimates of KL(p_old || p_ref) at every token; 0 without a reference."""
@@ -153,6 +157,8 @@ class WithCritic(EstimatorConfig):
     """0 trusts the critic alone, 1 the rewards alone"""
     whiten_rewards: bool = False
     """divide the rewards of tokens by their standard deviation"""
+    critic: str | None = None
+    """run of `train reward` over the same base whose scores the values begin as; null begins at 0"""
     critic_warmup: int = Field(0, ge=0)
     """first rollouts from which only the critic learns"""
 
@@ -194,12 +200,14 @@ def watched(judged: Judged, kl_coef: float, kl: str) -> dict[str, Any]:
     known = np.isfinite(judged.reward)
     penalty = -kl_coef * judged.kl(kl).sum(axis=-1)
     spread = np.where(known, judged.reward, np.nan)
+    surprise = -np.where(judged.mask, judged.old, 0)  # of what was drawn: its mean estimates the entropy
     found = {
         "objective/scores": np.nanmean(judged.reward),
         "objective/scores_std": np.nanstd(judged.reward),
         "objective/non_score_reward": penalty.mean(),
         "objective/rlhf_reward": np.nanmean(judged.reward + penalty),
-        "objective/entropy": -np.where(judged.mask, judged.old, 0).sum(axis=-1).mean(),
+        "objective/entropy": surprise.sum(axis=-1).mean(),
+        "objective/token_entropy": surprise.sum() / max(judged.mask.sum(), 1),
     }
     if judged.ref is not None:
         found["objective/kl"] = judged.kl("k1").sum(axis=-1).mean()

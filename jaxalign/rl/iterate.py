@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ from jaxalign.errors import UserError
 from jaxalign.rl.base import Method
 from jaxalign.rl.prompts import divide
 from jaxalign.rl.rewards import Answer, Faults, Rewards, RewardsConfig, build_rewards
+from jaxalign.rl.rollout import MOMENTS
 from jaxalign.rl.selection import AgainstRow, ClearPairs, Everything, Judged, RejectionSampled, Selection
+from jaxalign.rl.steering import Conditioned, graded
 from jaxalign.sampling.generate import answer_file
 from jaxalign.sampling.settings import GenerateConfig
 from jaxalign.train.folder import RunFolder, check_same, disk_errors, locked
@@ -176,6 +179,7 @@ class _Rounds:
     def sample(self, policy: int, prompts: Sequence[Prompt], file: Path, n: int) -> list[dict[str, Any]]:
         """The rows of `file`: `n` answers of a policy to every prompt."""
         c = self.config
+        wanted = [self.selection.asked(prompt, policy, list(self.rewards.parts)) for prompt in prompts]
         asked = GenerateConfig(
             temperature=c.temperature,
             top_p=c.top_p,
@@ -186,20 +190,27 @@ class _Rounds:
             dtype=c.dtype,
             mesh=c.mesh,
         )
-        answer_file(self.policy(policy), prompts, file, asked)
+        answer_file(self.policy(policy), wanted, file, asked)
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def score(self, sampled: Sequence[Mapping[str, Any]], file: Path) -> dict[str, Any]:
         """Writes the rows that the round learns from; what the rewards were."""
         values, parts, faults = self.valued(sampled, self.prompts)
         by_id = {prompt.id: prompt for prompt in self.prompts}
-        rows: list[dict[str, Any]] = []
-        for row, scores in zip(sampled, values, strict=True):
+        grades, rows = self.grades(parts), list[dict[str, Any]]()
+        for i, (row, scores) in enumerate(zip(sampled, values, strict=True)):
             texts = [c["text"] for c in row["completions"]]
-            kept = [(t, float(s)) for t, s in zip(texts, scores, strict=True) if t.strip() and np.isfinite(s)]
-            answers, numbers = [t for t, _ in kept], [s for _, s in kept]
-            rows += self.selection(Judged(by_id[row["id"]], answers, numbers, self.config.seed))
-        if not any("chosen" in row or len(set(row["scores"])) > 1 for row in rows):
+            kept = [j for j, text in enumerate(texts) if text.strip() and np.isfinite(scores[j])]
+            rows += self.selection(
+                Judged(
+                    by_id[row["id"]],
+                    [texts[j] for j in kept],
+                    [float(scores[j]) for j in kept],
+                    self.config.seed,
+                    [grades[i * len(texts) + j] for j in kept] if grades else (),
+                )
+            )
+        if not any("scores" not in row or len(set(row["scores"])) > 1 for row in rows):
             raise UserError(
                 "no prompt has two answers of different reward: there is nothing to learn",
                 place=str(file),
@@ -210,6 +221,12 @@ class _Rounds:
             self.say(line)
         return _means("reward", values, parts) | {"reward/unscored": int(np.isnan(values).sum())}
 
+    def grades(self, parts: Mapping[str, np.ndarray]) -> list[dict[str, int]]:
+        """The levels of all answers, row by row, where the selection has levels."""
+        levels = self.selection.levels
+        flat = {name: values.ravel() for name, values in parts.items()}
+        return graded(flat, levels, self.path / "levels.json") if levels else []
+
     def valued(
         self, sampled: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
     ) -> tuple[np.ndarray, dict[str, np.ndarray], Faults]:
@@ -217,7 +234,7 @@ class _Rounds:
         by_id = {prompt.id: prompt for prompt in prompts}
         answers = [Answer(by_id[r["id"]], c["text"], c["finish"]) for r in sampled for c in r["completions"]]
         faults = Faults()
-        found = self.rewards(answers, faults)
+        found = self.rewards(answers, faults, self.path / MOMENTS)
         shape = (len(sampled), -1)
         return found.total.reshape(shape), {k: v.reshape(shape) for k, v in found.parts.items()}, faults
 
@@ -293,7 +310,9 @@ def _method(name: str, about: str, objective: str, selection: Any = Everything, 
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in own.items()}
     for key, default in {**_DEFAULTS, **defaults}.items():
         if key in known:
-            fields[key] = (known[key].annotation, Field(default, description=known[key].description))
+            info = copy(known[key])  # with its bounds
+            info.default = default
+            fields[key] = (info.annotation, info)
     config = create_model(f"{name}_config", __base__=(RoundsConfig, offline), __doc__=about, **fields)
     return Method(cast(Any, config), partial(iterate, name, objective, selection, say=_say), objective)
 
@@ -310,6 +329,20 @@ ITERATIVE_DPO = _method(
 )
 RAFT = _method(
     "raft", "Rounds of SFT on the best of the policy's own answers (RAFT, arXiv:2304.06767).", "sft"
+)
+STEERLM = _method(
+    "steerlm",
+    "Rounds of SFT on the policy's own answers, each with the levels of its rewards in the prompt; then the "
+    "highest are asked for (SteerLM, arXiv:2310.05344).",
+    "sft",
+    Conditioned,
+    rounds=2,
+)
+SPPO = _method(
+    "sppo",
+    "Self-play preference optimisation (arXiv:2405.00675): rounds of its loss on best against worst.",
+    "sppo_hard",
+    n=5,
 )
 SPIN = _method(
     "spin",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import create_model
 
 from jaxalign.objectives import pairwise, policy
 from jaxalign.rl import estimators
@@ -18,12 +19,14 @@ def _method(name: str, about: str, objective: Any, estimator: Any, **defaults: A
     """A method whose keys are those of every run, of its loss and of its estimator."""
     known = OnlineConfig.model_fields | objective.model_fields | estimator.model_fields
     own = objective.model_fields | estimator.model_fields
-    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in own.items()}
+    shared = OnlineConfig.model_fields
+    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in own.items() if k not in shared}
     for key, default in defaults.items():
-        info = known[key]
-        fields[key] = (info.annotation, Field(default, description=info.description))
+        info = copy(known[key])  # with its bounds
+        info.default = default
+        fields[key] = (info.annotation, info)
     config = create_model(f"{name}_config", __base__=OnlineConfig, __doc__=about, **fields)
-    return Method(config, partial(train_online, name, objective, estimator), None)
+    return Method(config, partial(train_online, name, objective, estimator), loss=objective)
 
 
 GRPO = _method(
@@ -83,6 +86,15 @@ ONLINE_IPO = _method(
     "online_ipo",
     "IPO on pairs of the policy's own fresh answers (arXiv:2403.08635).",
     pairwise.IPO,
+    estimators.BestAgainstWorst,
+    n=2,
+    batch_size=16,
+    temperature=0.9,
+)
+ONLINE_SLIC = _method(
+    "online_slic",
+    "SLiC's hinge on pairs of the policy's own fresh answers (OAIF, arXiv:2402.04792).",
+    pairwise.Hinge,
     estimators.BestAgainstWorst,
     n=2,
     batch_size=16,

@@ -22,15 +22,16 @@ from jaxalign.data.batching import BatchSource
 from jaxalign.data.chat import Tokenizer
 from jaxalign.data.order import Shuffled
 from jaxalign.data.rows import arrange
-from jaxalign.errors import UserError
 from jaxalign.rl.prompts import Asked, Prompts
 from jaxalign.rl.rewards import Answer, Faults, Rewards
-from jaxalign.rl.rollout import Roller
+from jaxalign.rl.rollout import MOMENTS, Roller
 from jaxalign.sampling.engine import Engine
 from jaxalign.train.assemble import Machine
+from jaxalign.train.loop import Ended
 from jaxalign.train.passes import each_item
 from jaxalign.train.score import score, values
 from jaxalign.train.state import TrainState
+from jaxalign.train.step import VALUES
 from jaxalign.types import Batch, Example, Group, Params, SamplingParams
 
 Say = Callable[[str], None]
@@ -97,7 +98,7 @@ class Eyes:
         """What it sees."""
         objective = self.machine.objective
         ref = ("ref",) if "ref" in objective.needs else ()
-        return ("old", *ref, *(("value",) if objective.kind == "actor_critic" else ()))
+        return ("old", *ref, *(VALUES[: objective.heads] if objective.kind == "actor_critic" else ()))
 
     @cached_property
     def _compiled(self) -> Callable[..., jax.Array]:
@@ -118,7 +119,8 @@ class Eyes:
                 start = None if reference is None else weights.split(reference)[0]
                 found["ref"] = forward(*over(start), batch).logp
             if "value" in names:
-                found["value"] = values(model, params["critic"], base, params["head"], batch)
+                critic = values(model, params["critic"], base, params["head"], batch)
+                found |= {name: critic[..., i] for i, name in enumerate(VALUES) if name in names}
             return jnp.stack([found[name] for name in names], axis=-1)
 
         return jax.jit(look, out_shardings=NamedSharding(machine.mesh, PartitionSpec()))
@@ -134,8 +136,10 @@ class Rollouts:
     sampler: Sampler
     eyes: Eyes
     pad_id: int
+    rows: Sequence[Example] = ()  # to fine-tune on beside the answers
     state: TrainState | None = None
     fresh: dict[str, float] = field(default_factory=dict)  # metrics of a rollout that no step has told yet
+    sound: Params | None = None  # of the last rollout within `limits`
     _current: tuple[int, BatchSource | None] = (-1, None)
 
     def batch(self, step: int) -> Batch:
@@ -167,20 +171,34 @@ class Rollouts:
         rollout = self.roller(number, self.asked(number), sample, look)
         self.fresh = dict(rollout.metrics)
         self._check(number, rollout.metrics)
-        groups = rollout.groups if objective.group != 1 else _apart(rollout.groups)
+        groups = rollout.groups if self._together else _apart(rollout.groups)
         per = len(groups) // len(rollout.groups)
+        if self.rows:
+            order = Shuffled(np.arange(len(self.rows)), len(groups), c.seed)
+            rows = [self.rows[i] for i in order.at(number)]
+            groups = [self._beside(group, row) for group, row in zip(groups, rows, strict=True)]
         return BatchSource(
             groups,
             batch_size=(c.batch_size or 1) * per,
             accumulation=c.grad_accumulation,
             max_length=c.max_length,
             group=objective.group,
-            share=c.share_prompt and objective.group != 1,
+            share=c.share_prompt and self._together,
             seed=c.seed + number,
             process_index=distributed.process_index(),
             process_count=distributed.process_count(),
             pad_id=self.pad_id,
         )
+
+    def _beside(self, group: Group, row: Example) -> Group:
+        """The answer with a row to fine-tune on."""
+        nothing = {name: np.zeros(len(row.tokens), np.float32) for name in self.token_aux}
+        return replace(group, members=(*group.members, replace(row, aux=nothing)))
+
+    @property
+    def _together(self) -> bool:
+        """Whether the answers to a prompt are one group; else each of them is one."""
+        return self.machine.objective.group - bool(self.rows) != 1
 
     @property
     def _config(self) -> Any:
@@ -194,19 +212,23 @@ class Rollouts:
         return [self.prompts.learned[i] for i in order.at(number)]
 
     def _check(self, number: int, metrics: dict[str, float]) -> None:
-        limit = self._config.max_kl
-        if limit is not None and metrics["objective/kl"] > limit:
-            raise UserError(
-                f"the policy is {metrics['objective/kl']:.1f} nats from the reference in rollout {number}, "
-                f"more than max_kl={limit:g}",
-                place="max_kl",
-                remedy="lower learning_rate, raise kl_coef or set kl_target; the last checkpoint is older",
-            )
+        """Raises `Ended` where the rollout is beyond a limit; else its policy is kept to go back to."""
+        limits = self._config.limits
+        if not limits.any:
+            return
+        found = limits.passed(self.roller.metrics(0), metrics)
+        sound = self.sound
+        if found and sound is None:
+            raise Ended(f"{found}; the policy before it is not known any more, this is the result", _itself)
+        if found:
+            raise Ended(found, lambda state: replace(state, params=sound))
+        # A copy: the step takes the state's own arrays.
+        self.sound = jax.tree.map(jnp.copy, self.state.params) if self.state else None
 
     def abstract(self) -> list[Batch]:
         """The largest batch that can come, as shapes."""
         c, objective = self._config, self.machine.objective
-        n = 1 if objective.group == 1 else (objective.group or c.n)
+        n = (objective.group or c.n) if self._together else 1
         prompt = max(len(a.tokens) for a in self.prompts.learned)
         tokens = np.zeros(prompt + c.max_tokens, np.int32)
         tokens[prompt:] = np.arange(c.max_tokens)  # answers differ: no more than the prompt is shared
@@ -214,19 +236,26 @@ class Rollouts:
         aux = {name: np.zeros(len(tokens), np.float32) for name in self.token_aux}
         members = tuple(Example("", np.where(mask, tokens + g, tokens), mask, aux=aux) for g in range(n))
         group = Group("", members, {"max_tokens": 0.0, "policy_weight": 0.0})
+        if self.rows:
+            group = self._beside(group, max(self.rows, key=lambda row: len(row.tokens)))
         rows = arrange(
             [group], max_length=c.max_length, group=objective.group, share=c.share_prompt and n > 1
         )
-        per = c.n if objective.group == 1 else 1
+        per = 1 if self._together else c.n
         local = (c.batch_size or 1) * per // c.grad_accumulation // distributed.process_count()
         return rows.abstract((c.grad_accumulation, local))[-1:]
 
     @property
     def token_aux(self) -> tuple[str, ...]:
         """Names of what every token has beside its id."""
-        names = {"value": "value_old"}
+        names = {name: f"{name}_old" for name in VALUES}
         seen = tuple(names.get(name, name) for name in self.eyes.names) if looks(self.machine) else ()
-        return (*self.roller.estimator.gives, *seen)
+        more = ("cost_returns",) if "cost_value_old" in seen else ()
+        return (*self.roller.estimator.gives, *more, *seen)
+
+
+def _itself(state: TrainState) -> TrainState:
+    return state
 
 
 def looks(machine: Machine) -> bool:
@@ -272,7 +301,7 @@ def evaluator(rollouts: Rollouts, rewards: Rewards, say: Say) -> Callable[[Train
         found = [samples[0] for samples in engine.generate([a.tokens for a in asked], params)]
         faults = Faults()
         answers = [Answer(a.prompt, s.text, s.finish) for a, s in zip(asked, found, strict=True)]
-        scored = rewards(answers, faults)
+        scored = rewards(answers, faults, rollouts.roller.folder / MOMENTS)
         for line in faults.lines():
             say(f"evaluation: {line}")
         out = {
@@ -281,6 +310,10 @@ def evaluator(rollouts: Rollouts, rewards: Rewards, say: Say) -> Callable[[Train
             "eval_length": float(np.mean([len(s.tokens) for s in found])),
             "eval_clipped_ratio": float(np.mean([s.finish == "length" for s in found])),
         }
-        return out | {f"eval_{name}": float(np.nanmean(v)) for name, v in scored.parts.items()}
+        out |= {f"eval_{name}": float(np.nanmean(v)) for name, v in scored.parts.items()}
+        lagrange = rollouts.roller.lagrange
+        if lagrange:
+            out["eval_cost"] = float(np.nanmean(lagrange.costs(answers, Faults()).total))
+        return out
 
     return evaluate

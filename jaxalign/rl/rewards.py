@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from jaxalign.config import Config
 from jaxalign.data.records import Prompt
@@ -40,24 +42,6 @@ class RewardConfig(Config):
     """its part in the sum"""
 
 
-class RewardsConfig(Config):
-    """The keys of a method that learns from rewards."""
-
-    rewards: dict[str, Any] = Field(default_factory=dict)
-    """what raises the reward, by name: {length: {most: 50}, polite: {kind: regex, pattern: please}}. The
-    kind is the name where none is said; the reward is the sum of weight x value"""
-    missing_eos_penalty: float = Field(0.0, ge=0)
-    """taken from the reward of an answer that max_tokens cut off"""
-
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        """Functions given from Python, by their name: a configuration is text."""
-        if not isinstance(value, dict):
-            return value
-        return {name: in_words(block) if callable(block) else block for name, block in value.items()}
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # that this process was given, by name
 
 
@@ -66,6 +50,31 @@ def in_words(function: Callable[..., Any]) -> dict[str, Any]:
     name = f"{function.__module__}:{function.__qualname__}"
     FUNCTIONS[name] = function
     return {"kind": "python", "function": name}
+
+
+def _named(value: Any) -> Any:
+    """Functions given from Python, by their name: a configuration is text."""
+    if not isinstance(value, dict):
+        return value
+    return {name: in_words(block) if callable(block) else block for name, block in value.items()}
+
+
+Blocks = Annotated[dict[str, Any], BeforeValidator(_named)]  # rewards by name
+
+
+class RewardsConfig(Config):
+    """The keys of a method that learns from rewards."""
+
+    rewards: Blocks = Field(default_factory=dict)
+    """what raises the reward, by name: {length: {most: 50}, polite: {kind: regex, pattern: please}}. The
+    kind is the name where none is said; the reward is the sum of weight x value"""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """taken from the reward of an answer that max_tokens cut off"""
+    normalise: bool = False
+    """take each reward less its mean over the answers of the model at the start, over their standard
+    deviation, before they are weighed: rewards of several scales, and a model of rewards with a mean of 0"""
+    clip_reward: float | None = Field(None, gt=0)
+    """the most that the reward of an answer may be from 0, before the penalty; null does not clip"""
 
 
 @dataclass
@@ -92,46 +101,73 @@ class Scored:
     parts: dict[str, np.ndarray]
 
 
+Moments = dict[str, tuple[float, float]]  # (mean, standard deviation) of rewards by name
+
+
 @dataclass(frozen=True)
 class Rewards:
-    """The weighted sum of `parts`, {name: reward}."""
+    """The weighted sum of `parts`, {name: reward}. The other keys are those of `RewardsConfig`."""
 
     parts: Mapping[str, Any]
     missing_eos_penalty: float = 0.0
+    clip: float | None = None
+    normalise: bool = False
 
-    def __call__(self, answers: Sequence[Answer], faults: Faults) -> Scored:
+    def __call__(self, answers: Sequence[Answer], faults: Faults, start: Path | None = None) -> Scored:
         """Scores the answers. One that a part cannot score has no reward, and is counted in `faults`.
 
-        Raises `UserError` where a part scores none of them, or gives another number of values.
+        start: the file of the moments that rewards are normalised by; where it is not there yet, those of
+        these answers are written to it. Raises `UserError` where a part scores none of the answers, or gives
+        another number of values.
         """
         parts = {name: _scored(name, reward, answers, faults) for name, reward in self.parts.items()}
+        known = _moments(start, parts) if self.normalise and start else {}
         total = np.zeros(len(answers))
         for name, reward in self.parts.items():
-            total = total + reward.weight * parts[name]
+            mean, std = known.get(name, (0.0, 1.0))
+            total = total + reward.weight * (parts[name] - mean) / std
+        if self.clip is not None:
+            total = np.clip(total, -self.clip, self.clip)
         cut = np.array([answer.finish == "length" for answer in answers], float)
         return Scored(total - self.missing_eos_penalty * cut, parts)
 
 
-def build_rewards(config: RewardsConfig) -> Rewards:
-    """The rewards that the keys name. Raises `UserError` for none, an unknown kind, or keys it has not."""
-    if not config.rewards:
+def _moments(file: Path, parts: Mapping[str, np.ndarray]) -> Moments:
+    """The moments in the file, or those of `parts` [N], written there. What is the same for all answers has a
+    deviation of 1."""
+    if not file.exists():
+        found = {name: (float(np.nanmean(v)), float(np.nanstd(v))) for name, v in parts.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".tmp")
+        draft.write_text(json.dumps({n: (m, s if s > 1e-8 else 1.0) for n, (m, s) in found.items()}))
+        draft.replace(file)
+    return {name: (mean, std) for name, (mean, std) in json.loads(file.read_text()).items()}
+
+
+def build_rewards(config: Any, key: str = "rewards") -> Rewards:
+    """The rewards that the key `key` names, by the keys of `RewardsConfig`; of other keys than `rewards` the
+    bare sum. Raises `UserError` for none, an unknown kind, or keys it has not."""
+    blocks = getattr(config, key)
+    if not blocks:
         raise UserError(
             "no reward: nothing says which answers are good",
-            place="rewards",
-            remedy=f"name one, such as rewards.length.most=50; kinds: {', '.join(REWARDS)}",
+            place=key,
+            remedy=f"name one, such as {key}.length.most=50; kinds: {', '.join(REWARDS)}",
         )
-    parts = {name: _build(name, block) for name, block in config.rewards.items()}
-    return Rewards(parts, config.missing_eos_penalty)
+    parts = {name: _build(key, name, block) for name, block in blocks.items()}
+    if key != "rewards":
+        return Rewards(parts)
+    return Rewards(parts, config.missing_eos_penalty, config.clip_reward, config.normalise)
 
 
-def _build(name: str, block: Any) -> Any:
+def _build(key: str, name: str, block: Any) -> Any:
     keys = dict(block or {})
     kind = REWARDS[str(keys.pop("kind", name))]
     try:
         return kind.model_validate(keys)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(("rewards", name, *map(str, first["loc"])))
+        place = ".".join((key, name, *map(str, first["loc"])))
         known = ", ".join(kind.model_fields)
         raise UserError(first["msg"], place=place, remedy=f"its keys: {known}") from error
 

@@ -9,10 +9,11 @@ A rollout whose files are there is not made again: a killed run goes on within i
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import numpy as np
 from jaxalign.errors import UserError
 from jaxalign.rl.advantages import adapted
 from jaxalign.rl.estimators import Estimator, Judged, watched
+from jaxalign.rl.lagrange import WINDOW, Lagrange, mixed, with_costs
 from jaxalign.rl.prompts import Asked
-from jaxalign.rl.rewards import Answer, Faults, Rewards
+from jaxalign.rl.rewards import Answer, Faults, Rewards, Scored
 from jaxalign.types import Example, Group, SamplingParams
 
 Sampling = Callable[
@@ -76,6 +78,7 @@ class Roller:
     estimator: Estimator
     say: Callable[[str], None]
     critic_warmup: int = 0
+    lagrange: Lagrange | None = None
 
     def __call__(self, number: int, asked: Sequence[Asked], sample: Sampling, look: Look) -> Rollout:
         """Rollout `number`, counted from 0, over `asked`. Raises `UserError` where rewards fail."""
@@ -90,26 +93,37 @@ class Roller:
         }
         return replace(found, groups=[replace(group, aux=aux) for group in found.groups])
 
+    def metrics(self, number: int) -> dict[str, float]:
+        """What is to be logged of a rollout that was made."""
+        with np.load(self.folder / f"{number:05}.npz") as saved:
+            return json.loads(str(saved["metrics"]))
+
     def _make(self, number: int, asked: Sequence[Asked], sample: Sampling, look: Look, file: Path) -> None:
         marks = [time.perf_counter()]
         answers = self._sampled(number, asked, sample, file.with_suffix(".jsonl"))
         marks.append(time.perf_counter())
-        reward, baseline, metrics = self._rewarded(asked, answers)
+        scored, metrics = self._rewarded(number, asked, answers)
         marks.append(time.perf_counter())
         learned = [told[: self.settings.n] for told in answers]
-        judged, groups = self._judged(asked, learned, reward, baseline, look)
-        coef = self._coef(number)
-        arrays = self.estimator(judged, coef, self.settings.kl) | (_kept(judged) if look else {})
+        judged, groups = self._judged(asked, learned, scored, look)
+        coef, kl = self._coef(number), self.settings.kl
+        whole, multiplier = judged, math.exp(metrics.get(LOG_MULTIPLIER, -math.inf))
+        if judged.cost is None:
+            arrays = self.estimator(judged, coef, kl)
+        else:
+            arrays = with_costs(self.estimator, judged, coef, kl, multiplier)
+            whole = replace(judged, reward=mixed(judged.reward, judged.cost, multiplier))
+        arrays |= _kept(judged) if look else {}
         marks.append(time.perf_counter())
-        metrics |= watched(judged, coef, self.settings.kl) | _lengths(learned)
+        metrics |= watched(judged, coef, kl) | _lengths(learned)
         metrics |= {"objective/kl_coef": coef}
         names = ("time/sampling_s", "time/rewards_s", "time/log_probs_s")
         metrics |= dict(zip(names, np.diff(marks).tolist(), strict=True))
-        order = self.estimator.order(judged)
+        order = self.estimator.order(whole)
         if order is not None:
             metrics["frac_without_pair"] = float((order < 0).any(axis=1).mean())
             groups, arrays = _ordered(groups, arrays, order)
-        _write(file, groups, arrays, metrics)
+        _write(file, groups, arrays, metrics, judged.cost)
 
     def _sampled(self, number: int, asked: Sequence[Asked], sample: Sampling, file: Path) -> list[list[Told]]:
         """n answers to every prompt, and a greedy one after them where the estimator wants it."""
@@ -142,35 +156,58 @@ class Roller:
         return answers  # type: ignore[return-value]  # none is missing now
 
     def _rewarded(
-        self, asked: Sequence[Asked], answers: Sequence[Sequence[Told]]
-    ) -> tuple[np.ndarray, np.ndarray | None, dict[str, float]]:
-        """(rewards [P, n], those of the greedy answers [P], metrics)."""
+        self, number: int, asked: Sequence[Asked], answers: Sequence[Sequence[Told]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """({`reward` [P, n], `baseline` [P] of the greedy answers, and the same of costs}, metrics)."""
         flat = [
             Answer(a.prompt, t.text, t.finish) for a, row in zip(asked, answers, strict=True) for t in row
         ]
-        faults = Faults()
-        found = self.rewards(flat, faults)
+        faults, n = Faults(), self.settings.n
+        found = self.rewards(flat, faults, self.folder / MOMENTS)
+        metrics = self._means("rewards", found)
+        total, more = found.total.reshape(len(asked), -1), {}
+        if self.lagrange:
+            cost = self.lagrange.costs(flat, faults)
+            spent = cost.total.reshape(total.shape)
+            total = np.where(np.isfinite(spent), total, np.nan)
+            before = self.metrics(number - 1).get(LOG_MULTIPLIER) if number else None
+            log = self.lagrange.log_multiplier(number, before, [*self._spent(number), spent[:, :n]])
+            metrics |= self._means("costs", cost) | {LOG_MULTIPLIER: log}
+            metrics["lagrange/multiplier"] = math.exp(log)
+            metrics["objective/costs"] = float(np.nanmean(spent[:, :n]))
+            more = {"cost": spent[:, :n], "cost_baseline": spent[:, -1]}
         for line in faults.lines():
             self.say(line)
-        n = self.settings.n
-        total = found.total.reshape(len(asked), -1)
-        metrics = {
-            f"rewards/{name}": float(np.nanmean(v.reshape(len(asked), -1)[:, :n]))
-            for name, v in found.parts.items()
-        }
         metrics["rewards/unscored"] = float(np.isnan(total[:, :n]).sum())
-        return total[:, :n], total[:, n] if self.estimator.greedy else None, metrics
+        every = {"reward": total[:, :n], "baseline": total[:, -1], **more}
+        greedy = self.estimator.greedy
+        return {k: v for k, v in every.items() if greedy or not k.endswith("baseline")}, metrics
+
+    def _means(self, kind: str, found: Scored) -> dict[str, float]:
+        """The mean of each part over the drawn answers."""
+        n, size = self.settings.n, self.settings.n + self.estimator.greedy
+        return {
+            f"{kind}/{name}": float(np.nanmean(v.reshape(-1, size)[:, :n])) for name, v in found.parts.items()
+        }
+
+    def _spent(self, number: int) -> list[np.ndarray]:
+        """The costs of the answers of the newest rollouts before this one."""
+        found: list[np.ndarray] = []
+        while number and sum(x.size for x in found) < WINDOW:
+            number -= 1
+            with np.load(self.folder / f"{number:05}.npz") as saved:
+                found.insert(0, saved["costs"])
+        return found
 
     def _judged(
         self,
         asked: Sequence[Asked],
         answers: Sequence[Sequence[Told]],
-        reward: np.ndarray,
-        baseline: np.ndarray | None,
+        scored: Mapping[str, np.ndarray],
         look: Look,
     ) -> tuple[Judged, list[Group]]:
         groups = [
-            _group(i, a, row, np.isfinite(reward[i]))
+            _group(i, a, row, np.isfinite(scored["reward"][i]))
             for i, (a, row) in enumerate(zip(asked, answers, strict=True))
         ]
         width = max(len(m.tokens) for g in groups for m in g.members)
@@ -184,20 +221,18 @@ class Roller:
                 mask[i, g, :size] = member.mask
                 for name, array in arrays.items():
                     array[i, g, :size] = np.where(member.mask, values[name][g, :size], 0.0)
-        return Judged(reward, mask, baseline=baseline, **arrays), groups
+        return Judged(mask=mask, **scored, **arrays), groups
 
     def _coef(self, number: int) -> float:
         """The weight of the KL in the rewards: fixed, or moved after every rollout towards `kl_target`."""
         s = self.settings
         if not s.kl_target or not number:
             return s.kl_coef
-        before = self.folder / f"{number - 1:05}.npz"
-        with np.load(before) as saved:
-            metrics, episodes = json.loads(str(saved["metrics"])), int(saved["count"])
+        before = self.metrics(number - 1)
         return adapted(
-            metrics["objective/kl_coef"],
-            metrics["objective/kl"],
-            episodes,
+            before["objective/kl_coef"],
+            before["objective/kl"],
+            int(before["completions/count"]),
             target=s.kl_target,
             horizon=s.kl_horizon,
         )
@@ -264,13 +299,15 @@ def _kept(judged: Judged) -> dict[str, np.ndarray]:
     """What updates need besides advantages."""
     kept = {"old": judged.old}
     kept |= {} if judged.ref is None else {"ref": judged.ref}
-    return kept | ({} if judged.value is None else {"value_old": judged.value})
+    kept |= {} if judged.value is None else {"value_old": judged.value}
+    return kept | ({} if judged.cost_value is None else {"cost_value_old": judged.cost_value})
 
 
 def _lengths(answers: Sequence[Sequence[Told]]) -> dict[str, float]:
     lengths = np.array([len(told.tokens) for row in answers for told in row])
     cut = np.array([told.finish == "length" for row in answers for told in row])
     return {
+        "completions/count": float(lengths.size),
         "completions/mean_length": float(lengths.mean()),
         "completions/p95_length": float(np.percentile(lengths, 95)),
         "completions/clipped_ratio": float(cut.mean()),
@@ -279,7 +316,11 @@ def _lengths(answers: Sequence[Sequence[Told]]) -> dict[str, float]:
 
 
 def _write(
-    file: Path, groups: Sequence[Group], arrays: dict[str, np.ndarray], metrics: dict[str, float]
+    file: Path,
+    groups: Sequence[Group],
+    arrays: dict[str, np.ndarray],
+    metrics: dict[str, float],
+    costs: np.ndarray | None,
 ) -> None:
     """One file, whole or not at all: token arrays end to end, in the order of the answers."""
     members = [(i, g, m) for i, group in enumerate(groups) for g, m in enumerate(group.members)]
@@ -290,11 +331,11 @@ def _write(
     draft = file.with_suffix(".tmp.npz")
     held: dict[str, Any] = {
         "metrics": json.dumps(metrics),
-        "count": len(members),
         "sizes": [len(m.tokens) for _, _, m in members],
         "tokens": np.concatenate([m.tokens for _, _, m in members]),
         "mask": np.concatenate([m.mask for _, _, m in members]),
         **{f"aux_{name}": values for name, values in flat.items()},
+        **({} if costs is None else {"costs": costs}),
     }
     np.savez(draft, **held)
     os.replace(draft, file)
@@ -331,4 +372,6 @@ def _read(file: Path, asked: Sequence[Asked]) -> Rollout:
     return Rollout(groups, metrics)
 
 
-_SCALARS = ("metrics", "count", "sizes")
+MOMENTS = "moments.json"  # of the rewards of the first rollout
+LOG_MULTIPLIER = "lagrange/log_multiplier"
+_SCALARS = ("metrics", "sizes", "costs")

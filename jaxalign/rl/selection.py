@@ -7,7 +7,7 @@ file: the prompt's keys with `completions` and `scores`, or with `chosen` and `r
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -20,25 +20,43 @@ from jaxalign.data.records import Prompt
 
 @dataclass(frozen=True)
 class Judged:
-    """The answers to one prompt that have words and a reward, in the order in which they were sampled."""
+    """The answers to one prompt that have words and a reward, in the order in which they were sampled.
+    `grades` are the levels of each one's rewards by name, where a selection has `levels`."""
 
     prompt: Prompt
     texts: Sequence[str]
     rewards: Sequence[float]
     seed: int
+    grades: Sequence[Mapping[str, int]] = ()
 
 
 class Selection(Protocol):
-    """`rewarded`: whether it looks at rewards at all."""
+    """`rewarded`: whether it looks at rewards at all; `levels`: into how many it puts each reward, 0 into
+    none."""
 
     rewarded: ClassVar[bool]
+    levels: int
 
     def __call__(self, judged: Judged) -> Iterator[dict[str, Any]]:
         """The rows of one prompt, perhaps none."""
         ...
 
+    def asked(self, prompt: Prompt, policy: int, names: Sequence[str]) -> Prompt:
+        """What policy number `policy` is asked, 0 the model at the start; `names`: those of the rewards."""
+        ...
 
-class Everything(Config):
+
+class Plain(Config):
+    """What selections have in common that ask the prompts as they are."""
+
+    levels: ClassVar[int] = 0
+
+    def asked(self, prompt: Prompt, policy: int, names: Sequence[str]) -> Prompt:
+        """The prompt itself."""
+        return prompt
+
+
+class Everything(Plain):
     """All answers with their rewards; the method's `pairs` says which are compared."""
 
     rewarded: ClassVar[bool] = True
@@ -49,7 +67,7 @@ class Everything(Config):
             yield scored_row(judged, judged.texts, judged.rewards)
 
 
-class RejectionSampled(Config):
+class RejectionSampled(Plain):
     """Statistical rejection sampling (RSO, arXiv:2309.06657, algorithm 1): of the n answers those that a
     sampler of exp(reward / s) over the policy would have accepted."""
 
@@ -85,7 +103,7 @@ def acceptance(rewards: np.ndarray, beta: float) -> np.ndarray:
     return np.exp((rewards - rewards.max()) / beta)
 
 
-class ClearPairs(Config):
+class ClearPairs(Plain):
     """Every pair of answers whose preference is clear enough: sigmoid((r_i - r_j) / t) > eta (RS-DPO,
     arXiv:2402.10038, eq. 5)."""
 
@@ -108,7 +126,7 @@ def clear_pairs(rewards: np.ndarray, eta: float, scale: float) -> list[tuple[int
     return [(int(i), int(j)) for i, j in np.argwhere(chance > eta)]
 
 
-class AgainstRow(Config):
+class AgainstRow(Plain):
     """The row's own answer against the policy's (SPIN, arXiv:2401.01335): no reward is asked for."""
 
     rewarded: ClassVar[bool] = False

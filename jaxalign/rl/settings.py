@@ -6,12 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from jaxalign.rl.lagrange import CostsConfig
+from jaxalign.rl.limits import LimitsConfig
 from jaxalign.rl.rewards import RewardsConfig
 from jaxalign.train.reference import REFERENCE, ReferenceConfig
 from jaxalign.train.settings import TrainConfig
 
 
-class OnlineConfig(RewardsConfig, TrainConfig):
+class OnlineConfig(RewardsConfig, CostsConfig, TrainConfig):
     """Everything about a run that learns from rewards of its own answers."""
 
     batch_size: int | None = Field(None, ge=1)
@@ -37,8 +39,8 @@ class OnlineConfig(RewardsConfig, TrainConfig):
     """nats of an answer's KL towards which kl_coef is moved after every rollout; null leaves it fixed"""
     kl_horizon: int = Field(10_000, ge=1)
     """answers over which it moves"""
-    max_kl: float | None = Field(None, gt=0)
-    """nats of an answer's KL at which the run stops, with the policy before that rollout; null never does"""
+    limits: LimitsConfig = LimitsConfig()
+    """where the run ends early, with the policy of the rollout before; null never does"""
     share_prompt: bool = True
     """compute the prompt that answers share once, where that saves work; the loss stays the same"""
 

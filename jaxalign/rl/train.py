@@ -13,6 +13,8 @@ from jaxalign import distributed
 from jaxalign.data.chat import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.decoder import Model
+from jaxalign.rl.lagrange import Lagrange, build_lagrange
+from jaxalign.rl.limits import check_limits
 from jaxalign.rl.online import Eyes, Rollouts, Sampler, evaluator, total_steps, updates
 from jaxalign.rl.prompts import Prompts, read_asked
 from jaxalign.rl.rewards import Rewards, build_rewards
@@ -22,13 +24,14 @@ from jaxalign.train.assemble import Machine
 from jaxalign.train.feed import Direct
 from jaxalign.train.flops import Work, work_of
 from jaxalign.train.folder import RunFolder
+from jaxalign.train.inputs import read_examples
 from jaxalign.train.loop import Parties
 from jaxalign.train.metrics import Screen
 from jaxalign.train.programs import Programs
 from jaxalign.train.run import RunResult, train
 from jaxalign.train.settings import digest
 from jaxalign.train.state import TrainState
-from jaxalign.types import Batch
+from jaxalign.types import Batch, Example
 
 Say = Callable[[str], None]
 
@@ -45,7 +48,7 @@ def _open(
     objective: Any, estimator: Any, method: str, data: Any, config: Any, tokenizer: Tokenizer, say: Say
 ) -> Online:
     own = lambda kind: kind(**{name: getattr(config, name) for name in kind.model_fields})  # noqa: E731
-    rewards = build_rewards(config)
+    rewards, lagrange = build_rewards(config), build_lagrange(config)
     if distributed.process_count() > 1:
         raise UserError("sampling while training works in one process", remedy="start one process")
     if config.reference.mode == "precomputed":
@@ -55,14 +58,11 @@ def _open(
             remedy="leave it out",
         )
     loss = own(objective)
-    if (config.max_kl or config.kl_target) and "ref" not in loss.needs:
-        raise UserError(
-            "nothing measures the distance from the reference: kl_coef and beta are 0",
-            place="max_kl" if config.max_kl else "kl_target",
-            remedy="set kl_coef (or beta) above 0, such as 0.01, or leave it out",
-        )
+    check_limits(config, loss.needs)
     prompts = read_asked(data, tokenizer, config, say)
-    return Online(config, loss, own(estimator), rewards, prompts, tokenizer, say)
+    beside = getattr(loss, "ptx_data", None)
+    rows = read_examples(beside, tokenizer, config, say, "ptx_data") if beside else []
+    return Online(config, loss, own(estimator), rewards, prompts, tokenizer, say, rows, lagrange)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Online:
     prompts: Prompts
     tokenizer: Tokenizer
     say: Say
+    rows: list[Example] = field(default_factory=list)  # of ptx_data
+    lagrange: Lagrange | None = None
     rollouts: Rollouts | None = field(default=None, repr=False)
     begins: tuple[int, ...] = ()
 
@@ -120,10 +122,13 @@ class Online:
         pad_id = self.tokenizer.pad_id
         settings = Settings(**{name: getattr(c, name) for name in Settings.__dataclass_fields__})
         warmup = getattr(c, "critic_warmup", 0)
-        roller = Roller(folder.path / "rollouts", settings, self.rewards, self.estimator, self.say, warmup)
+        parts = (self.rewards, self.estimator, self.say, warmup, self.lagrange)
+        roller = Roller(folder.path / "rollouts", settings, *parts)
         sampler = Sampler(machine, self.tokenizer, c.rollout_batch_size)
         rows = -(-(c.batch_size or 1) // c.grad_accumulation)
-        rollouts = Rollouts(machine, self.prompts, roller, sampler, Eyes(machine, rows, pad_id), pad_id)
+        rollouts = Rollouts(
+            machine, self.prompts, roller, sampler, Eyes(machine, rows, pad_id), pad_id, self.rows
+        )
         return replace(self, rollouts=rollouts, config=c)
 
     def abstract(self) -> list[Batch]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES
@@ -27,7 +27,6 @@ from jaxalign.train.optim import make_optimizer, make_schedule
 from jaxalign.train.precompute import Reference
 from jaxalign.train.programs import Programs
 from jaxalign.train.reference import REFERENCE, Mode, Move, ReferenceConfig, held, mover, resolve_mode
-from jaxalign.train.score import init_head
 from jaxalign.train.settings import TrainConfig
 from jaxalign.train.stages import renewed
 from jaxalign.train.state import TrainState, init_state, state_shardings
@@ -135,15 +134,6 @@ def load_weights(source: ModelSource, mesh: Mesh, config: TrainConfig) -> Weight
     return Weights(replace(loaded, adapter=None), model, params, loaded.base, full, shardings, trained_before)
 
 
-def with_head(weights: Weights, mesh: Mesh, seed: int) -> Weights:
-    """The weights of a reward model: with the head that was loaded, or a new one."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    make = jax.jit(init_head, static_argnums=0, out_shardings=everywhere)
-    head = weights.loaded.head or make(weights.model.config.hidden_size, jax.random.key(seed))
-    lies = {"trunk": weights.shardings, "head": {"kernel": everywhere}}
-    return replace(weights, params={"trunk": weights.params, "head": head}, shardings=lies)
-
-
 def check_foldable(adapter: Adapter) -> None:
     """Raises `UserError` where every weight is to train over an adapter that cannot be folded into them."""
     if not adapter.foldable:
@@ -153,29 +143,6 @@ def check_foldable(adapter: Adapter) -> None:
             place="lora",
             remedy="leave lora=null out to train it on, or start from its base",
         )
-
-
-def with_critic(weights: Weights, mesh: Mesh, seed: int) -> Weights:
-    """The weights of an actor and its critic: policy and critic are two adapters over one base, and values
-    begin at 0. Raises `UserError` where every weight trains."""
-    if weights.full or weights.model.adapter is None:
-        raise UserError(
-            "policy, critic and reference share one frozen base here, and every weight trains",
-            place="lora",
-            remedy="train an adapter (leave lora=null out), or a method without a critic: grpo, rloo",
-        )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    make = jax.jit(weights.model.init_adapter, out_shardings=weights.shardings)
-    base = weights.base if weights.model.adapter.needs_base else None
-    critic = make(jax.random.key(seed + 1), base)
-    head = {"kernel": jnp.zeros((1, weights.model.config.hidden_size), device=everywhere)}
-    params = {"trunk": weights.params, "critic": critic, "head": head}
-    lies = {"trunk": weights.shardings, "critic": weights.shardings, "head": {"kernel": everywhere}}
-    return replace(weights, params=params, shardings=lies)
-
-
-# What a loss of some kind trains beside the model, by that kind.
-HEADS: dict[str, Callable[[Weights, Mesh, int], Weights]] = {"reward": with_head, "actor_critic": with_critic}
 
 
 def _merged(model: Model, loaded: Loaded, shardings: Params) -> Params:

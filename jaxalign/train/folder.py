@@ -90,9 +90,9 @@ class RunFolder:
             )
 
     def finished(self, total: int) -> dict[str, Any] | None:
-        """The result of a run that is over, or None while there are steps to make."""
+        """The result of a run that is over or ended early, or None while there are steps to make."""
         result = self.read("result.json")
-        return result if result and result["step"] >= total else None
+        return result if result and (result["step"] >= total or result.get("stopped")) else None
 
 
 def adopt(config: TrainConfig, recorded: Mapping[str, Any] | None) -> TrainConfig:

@@ -13,6 +13,9 @@ PATIENCE = 30  # updates before a reward that does not move is remarked on
 STILL = 1e-3  # margin of the implicit rewards that counts as none
 NOISY = ("length_correlation",)  # looked at on average over the last updates
 LESS = 0.1  # by how much their rewards must have fallen as well
+COLLAPSE = 0.1  # share of the first rollout's entropy below which answers count as all the same
+ENDLESS = 0.4  # by how much the share of cut off answers may rise
+DRIFT = 3.0  # factor by which the mean length of answers may change
 FALL = 0.1  # share of its first value by which the log-prob of chosen answers may fall
 
 
@@ -61,7 +64,40 @@ def lengths(step: int, first: Values, now: Values) -> str | None:
     )
 
 
-GUARDS: tuple[Guard, ...] = (stuck, displaced, lengths)
+def collapsed(step: int, first: Values, now: Values) -> str | None:
+    """A policy that learns from its own answers and draws ever the same one."""
+    name = "objective/token_entropy"
+    if name not in now or now[name] >= COLLAPSE * first[name]:
+        return None
+    return (
+        f"answers are hardly drawn any more: the entropy of a token fell from {first[name]:.3f} to "
+        f"{now[name]:.3f} nats at step {step}; lower learning_rate, raise kl_coef, or set limits.entropy"
+    )
+
+
+def endless(step: int, first: Values, now: Values) -> str | None:
+    """Answers that run into their limit more and more."""
+    name = "completions/clipped_ratio"
+    if name not in now or now[name] <= first[name] + ENDLESS:
+        return None
+    return (
+        f"max_tokens cuts off {now[name]:.0%} of the answers at step {step}, {first[name]:.0%} at the start: "
+        "raise missing_eos_penalty or max_tokens, or set limits.cut_off"
+    )
+
+
+def drifted(step: int, first: Values, now: Values) -> str | None:
+    """Answers that become much longer or shorter."""
+    name = "completions/mean_length"
+    if name not in now or first[name] / DRIFT <= now[name] <= first[name] * DRIFT:
+        return None
+    return (
+        f"answers have {now[name]:.0f} tokens on average at step {step}, {first[name]:.0f} at the start: "
+        "look whether the reward asks for that, or follows length (limits.drift ends such a run)"
+    )
+
+
+GUARDS: tuple[Guard, ...] = (stuck, displaced, lengths, collapsed, endless, drifted)
 
 
 @dataclass

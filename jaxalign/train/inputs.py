@@ -20,7 +20,7 @@ from jaxalign.errors import UserError
 from jaxalign.train import needs
 from jaxalign.train.settings import TrainConfig
 from jaxalign.train.stages import check_stages, make_order
-from jaxalign.types import Batch, Group
+from jaxalign.types import Batch, Example, Group
 
 Data = str | Path | Sequence[str | Path]
 
@@ -71,6 +71,14 @@ def read_inputs(
         "one_sided_steps": needs.one_sided(inputs.source, objective, say),
     }
     return inputs.with_source(inputs.source)
+
+
+def read_examples(
+    data: Data, tokenizer: Tokenizer, config: TrainConfig, say: Callable[[str], None], name: str
+) -> list[Example]:
+    """Rows to imitate, in tokens; `name` is what messages call them. Raises `UserError` as `read_inputs`."""
+    items, _ = _Reader(tokenizer, config, None, say).imitated(data, name)
+    return [item for item in items if isinstance(item, Example)]
 
 
 def make_source(

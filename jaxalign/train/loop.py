@@ -39,6 +39,15 @@ class Speed:
     peak: float | None = None
 
 
+class Ended(Exception):  # noqa: N818, it is no error
+    """Raised by `Parties.make` where no further update is to be made, with the reason in words. `back` gives
+    the state that the run ends with, of the one it has come to."""
+
+    def __init__(self, reason: str, back: Callable[[Any], Any]) -> None:
+        super().__init__(reason)
+        self.back = back
+
+
 @dataclass(frozen=True)
 class Parties:
     """Whom the loop calls.
@@ -71,7 +80,7 @@ class Progress:
 
     tokens: int = 0
     evaluated: int = 0
-    nonfinite: int = 0
+    skipped: int = 0
     nonfinite_in_a_row: int = 0
     train_seconds: float = 0.0
     window: Window = field(default_factory=Window)
@@ -84,12 +93,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the state, the updates made, whether it was told to stop before the last one."""
+    """How the loop ended: the state, the updates made, whether it was told to stop before the last one, and
+    why it ended before that by itself, if it did."""
 
     state: Any
     step: int
     preempted: bool
     progress: Progress
+    stopped: str = ""
 
 
 @dataclass
@@ -155,22 +166,37 @@ class Loop:
             raise
 
     def _run(self, state: Any, start: int) -> Outcome:
-        step, stop = start, False
+        step, stop, ended = start, False, None
         if start:  # a stop leaves no time for an evaluation that is due
             self._evaluate(state, start)
         self._clock.start()
         self.parties.begin(state)
-        with self.parties.feed(self.parties.make, start, self.plan.total) as feed:
-            for fed in feed:
-                state, metrics = self.parties.step(state, fed.batch)
-                self._settle()
-                self._pending, step = (fed.step, fed.work, metrics), fed.step + 1
-                stop = distributed.preempted(step, self.notice)
-                if self._pause(state, step, stop):
-                    break
+        try:
+            with self.parties.feed(self.parties.make, start, self.plan.total) as feed:
+                for fed in feed:
+                    state, metrics = self.parties.step(state, fed.batch)
+                    self._settle()
+                    self._pending, step = (fed.step, fed.work, metrics), fed.step + 1
+                    stop = distributed.preempted(step, self.notice)
+                    if self._pause(state, step, stop):
+                        break
+        except Ended as end:
+            ended = end
         self._settle()
+        if ended:
+            state = self._end(state, step, ended)
         self.checkpoints.wait()
-        return Outcome(state, step, stop and step < self.plan.total, self.progress)
+        preempted = stop and step < self.plan.total
+        return Outcome(state, step, preempted, self.progress, str(ended) if ended else "")
+
+    def _end(self, state: Any, step: int, ended: Ended) -> Any:
+        """The state that an early end goes back to. The checkpoint is of the one it had come to: with another
+        limit the same command goes on."""
+        self.checkpoints.save(step, self.parties.parts(state), asdict(self.progress))
+        state = ended.back(state)
+        if self.parties.evaluate:
+            self._write(step, self.parties.evaluate(state))
+        return state
 
     def _pause(self, state: Any, step: int, stop: bool) -> bool:
         """What stands between two steps: evaluation and saving. True ends the run."""
@@ -217,7 +243,7 @@ class Loop:
         progress = self.progress
         progress.tokens += int(values.get("num_tokens", 0))
         bad = values.get("nonfinite", 0) > 0
-        progress.nonfinite += bad
+        progress.skipped += int(values.get("skipped", bad))
         progress.nonfinite_in_a_row = progress.nonfinite_in_a_row + 1 if bad else 0
         if progress.nonfinite_in_a_row >= self.plan.max_nonfinite:
             raise _not_finite(step, progress.nonfinite_in_a_row, self.parties.rows(step))
@@ -227,7 +253,7 @@ class Loop:
         values |= {"num_tokens": self.progress.tokens} | self.parties.facts(step - 1)
         if self.parties.rate:
             # A skipped step does not move the schedule.
-            values["learning_rate"] = self.parties.rate(max(0, step - 1 - self.progress.nonfinite))
+            values["learning_rate"] = self.parties.rate(max(0, step - 1 - self.progress.skipped))
         values |= self._clock.rates(self.speed, self.plan.total - step)
         self._write(step, values)
 

@@ -14,7 +14,8 @@ from typing import IO, Any, Protocol
 
 Values = Mapping[str, float]
 
-SUMMED = ("num_tokens", "nonfinite")  # counts of a step; every other metric is averaged over the window
+SKIPS = ("nonfinite", "skipped")  # shown where there are any
+SUMMED = ("num_tokens", *SKIPS)  # counts of a step; every other metric is averaged over the window
 
 
 @dataclass
@@ -233,7 +234,7 @@ def describe(values: Mapping[str, Any]) -> str:
     """Metrics in one line: `loss 1.234  grad_norm 0.51  lr 2.00e-04  1,234 tokens/s  ...`."""
     parts = []
     for name, value in sorted(values.items(), key=lambda item: item[0] not in ("loss", "eval_loss")):
-        if name in _HIDDEN or value is None or (name == "nonfinite" and not value):
+        if name in _HIDDEN or value is None or (name in SKIPS and not value):
             continue
         parts.append(_SHOWN[name](value) if name in _SHOWN else f"{name} {value:.4g}")
     return "  ".join(parts)

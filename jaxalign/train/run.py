@@ -20,10 +20,11 @@ from jaxalign.models.export import export_hf, export_peft
 from jaxalign.models.source import resolve
 from jaxalign.sharding import make_mesh
 from jaxalign.train import feed
-from jaxalign.train.assemble import HEADS, Machine, check_batch, data_shards, learning_rate, load_weights
+from jaxalign.train.assemble import Machine, check_batch, data_shards, learning_rate, load_weights
 from jaxalign.train.checkpoint import Checkpoints, Restored
 from jaxalign.train.folder import RunFolder, adopt, check_same, disk_errors, locked, versions
 from jaxalign.train.guards import Watch
+from jaxalign.train.heads import HEADS
 from jaxalign.train.inputs import Data, default_batch_size
 from jaxalign.train.lesson import Lesson, Open, from_rows
 from jaxalign.train.loop import Loop, Outcome, Plan, Progress
@@ -47,6 +48,7 @@ class RunResult:
     metrics       the last value of every metric, evaluation included
     result        the folder that holds what was trained: adapter/ or model/
     compiled      {"programs", "seconds"} before the first step; {"late"}: anything compiled after it began
+    stopped       why the run ended before its last update, or ""
     """
 
     folder: Path
@@ -55,6 +57,7 @@ class RunResult:
     metrics: dict[str, Any]
     result: Path
     compiled: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
 
 
 def train(
@@ -136,7 +139,8 @@ class _Run:
     def _already_done(self, recorded: Mapping[str, Any]) -> RunResult | None:
         """The result of a run that is over, told without reading model or data: for the very same command."""
         same = all(recorded[k] == v for k, v in self.asked.items())
-        same &= all(recorded["config"][k] == getattr(self.config, k) for k in ("max_steps", "epochs"))
+        now = self.config.model_dump(mode="json")
+        same &= all(recorded["config"].get(k) == now.get(k) for k in ("max_steps", "epochs", "limits"))
         result = self.folder.finished(recorded["total"]) if same else None
         if result is None:
             return None
@@ -155,7 +159,7 @@ class _Run:
         self.folder.check_total(total, staged=bool(lesson.begins))
         weights = load_weights(source, mesh, self.config.spelled(tokenizer.encode))
         if lesson.objective.kind in HEADS:
-            weights = HEADS[lesson.objective.kind](weights, mesh, self.config.seed)
+            weights = HEADS[lesson.objective.kind](weights, mesh, self.config)
         self.config = self._settled(weights.model.adapter, lesson.objective)
         lesson.check(weights.model)
         machine = Machine(weights, lesson.objective, mesh, self.config, total, _print, lesson.begins)
@@ -183,11 +187,11 @@ class _Run:
             outcome, compiled = self._loop(machine, lesson, checkpoints, found)
             if outcome.preempted:
                 raise _preempted(outcome.step, machine.total, self.folder.path)
-            state, step = outcome.state, outcome.step
+            state, step, stopped = outcome.state, outcome.step, outcome.stopped
         else:
-            state, step = _state_of(machine, found), start
+            state, step, stopped = _state_of(machine, found), start, ""
         result = self._export(machine, state, source, tokenizer)
-        self._finish(step, result)
+        self._finish(step, result, stopped)
         return self._result(step, start, compiled)
 
     def _checkpoints(self, machine: Machine, lesson: Lesson) -> Checkpoints:
@@ -281,9 +285,12 @@ class _Run:
         )
         return target.name
 
-    def _finish(self, step: int, result: str) -> None:
+    def _finish(self, step: int, result: str, stopped: str) -> None:
         distributed.wait_for_all("the result is written")
-        self.folder.write("result.json", {"step": step, "result": result, "metrics": self._last()})
+        about = {"step": step, "result": result, "metrics": self._last(), "stopped": stopped}
+        self.folder.write("result.json", about)
+        if stopped:
+            _print(f"ended before update {step + 1}: {stopped}")
         _print(f"finished after {step} steps; the result is in {self.folder.path / result}")
 
     def _first(self) -> dict[str, Any]:
@@ -302,8 +309,8 @@ class _Run:
 
     def _result(self, step: int, start: int, compiled: dict[str, float]) -> RunResult:
         result = self.folder.read("result.json") or {"result": ""}
-        path = self.folder.path
-        return RunResult(path, step, start, self._last(), path / result["result"], compiled)
+        path, stopped = self.folder.path, result.get("stopped", "")
+        return RunResult(path, step, start, self._last(), path / result["result"], compiled, stopped)
 
 
 def _read(path: Path) -> str:

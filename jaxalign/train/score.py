@@ -93,11 +93,11 @@ def values(
     batch: Batch,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """A critic's values, float32 [B, G, T]: of the state before each token, which the token before it ends;
-    0 for the first one."""
+    """A critic's values, float32 [B, G, T, H], by each row of its head [H, D]: of the state before each
+    token, which the token before it ends; 0 for the first one."""
     hidden = hidden_states(model, adapter, base, batch, key).reshape(*batch.tokens.shape, -1)
-    found = (hidden.astype(jnp.float32) * head["kernel"][0]).sum(axis=-1)
-    return jnp.pad(found[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    heads = [(hidden.astype(jnp.float32) * row).sum(axis=-1) for row in head["kernel"]]
+    return jnp.pad(jnp.stack(heads, axis=-1)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
 
 
 def init_head(size: int, key: jax.Array) -> Params:

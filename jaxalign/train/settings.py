@@ -34,6 +34,7 @@ FREE_KEYS = (
     "eval_every",
     "eval_batch_size",
     "max_nonfinite",
+    "limits",
     "resume",
     "remat",
     "mesh",

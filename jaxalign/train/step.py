@@ -22,6 +22,8 @@ from jaxalign.train.score import rewards, score, values
 from jaxalign.train.state import TrainState
 from jaxalign.types import Batch, Params
 
+VALUES = ("value", "cost_value")  # what the rows of a critic's head are
+
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 Eval = Callable[[TrainState, Params, Batch], Metrics]
 
@@ -60,7 +62,8 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
     def both_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> Scores:
         start = None if reference is None else reference["trunk"]
         scores = token_scores(params["trunk"], start, base, batch, key)
-        return replace(scores, value=values(model, params["critic"], base, params["head"], batch, key))
+        found = values(model, params["critic"], base, params["head"], batch, key)
+        return replace(scores, **{name: found[..., i] for i, name in enumerate(VALUES[: found.shape[-1]])})
 
     kinds = {"tokens": token_scores, "reward": answer_scores, "actor_critic": both_scores}
     scores = kinds[objective.kind]
@@ -86,8 +89,8 @@ def make_step(
     how a step's rows are cut into micro-batches, devices or packed rows.
 
     The state is donated; `out_shardings` (`state_shardings`) keeps it where it was; `move` is that of
-    `reference.mover`. A step whose loss or gradient is not finite changes nothing but the counter (and a
-    reference that was to move), and says so in the metric `nonfinite`.
+    `reference.mover`. A step whose loss or gradient is not finite (metric `nonfinite`), or that is beyond the
+    objective's `bounds`, is skipped: it changes nothing but the counter (and a reference that was to move).
     """
     loss = make_loss(model, objective, mesh, train_base)
 
@@ -113,15 +116,18 @@ def make_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+        means = divide(metrics)
+        made = finite & jnp.asarray([means[name] <= most for name, most in objective.bounds.items()]).all()
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(made, new, old)  # noqa: E731
         params, opt, past = jax.tree.map(keep, (params, opt, past), (state.params, state.opt, state.past))
-        report = divide(metrics) | {
+        report = means | {
             "grad_norm": norm,
             "num_tokens": tokens,
             "num_targets": metrics["loss"][1],
             "nonfinite": 1 - finite.astype(jnp.int32),
+            "skipped": 1 - made.astype(jnp.int32),
         }
         return replace(state, step=state.step + 1, params=params, opt=opt, past=past), report
 

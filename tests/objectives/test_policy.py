@@ -192,3 +192,24 @@ def test_p3o_does_not_see_what_all_answers_of_a_prompt_gain():
             for shift in (0.0, 3.0)
         )
         assert np.isclose(one[0], other[0], rtol=1e-5)
+
+
+def test_ptx_adds_the_mean_nll_of_the_rows_beside_the_answers():
+    """arXiv:2203.02155, eq. 2; however the rows of a step are cut into parts."""
+    scores, batch = random()
+    answers, others = p.ActorCritic(), p.ActorCritic(ptx_data="rows.jsonl", ptx_coef=0.5)
+    assert (answers.group, others.group) == (1, 2)
+    assert others.needs - answers.needs == {"tokens_per_group"}
+    paired = lambda x: x[::2] if x.ndim == 1 else x.reshape(3, 2, -1)  # noqa: E731
+    pairs = jax.tree.map(paired, (scores, batch))
+    alone = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, :1], pairs)
+    tokens = alone[0].mask.sum() / jnp.maximum(alone[0].mask.any((1, 2)).sum(), 1)
+    pairs[1].aux["tokens_per_group"] = jnp.full(3, tokens)
+    row = pairs[0].mask[:, 1] & alone[0].mask.any((1, 2))[:, None]
+    each = jnp.where(row, -pairs[0].logp[:, 1], 0).sum(-1) / jnp.maximum(row.sum(-1), 1)
+    nll = each.sum() / alone[0].mask.any((1, 2)).sum()
+    np.testing.assert_allclose(mean(others, *pairs), mean(answers, *alone) + 0.5 * nll, rtol=1e-5)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], pairs) for i in range(3)]
+    sums = [others(*part)[:2] for part in parts]
+    total, weight = (sum(column) for column in zip(*sums, strict=True))
+    np.testing.assert_allclose(total / weight, mean(others, *pairs), rtol=1e-5)

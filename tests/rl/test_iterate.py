@@ -45,6 +45,11 @@ def small(completions: list[str], **_: Any) -> list[float]:
     return [float(text[:1].isascii() and text[:1].islower()) for text in completions]
 
 
+def even(completions: list[str], **_: Any) -> list[float]:
+    """About every third answer has it."""
+    return [float(sum(text[:1].encode()) % 2 == 0) for text in completions]
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("rounds")
@@ -85,6 +90,16 @@ def test_rounds_learn_and_go_on_where_they_stopped(here, tmp_path, method):
     for row, other in zip(rows, again, strict=True):
         for name in ("reward/mean", "eval/reward", "train/loss"):
             assert np.isclose(row[name], other[name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_conditions_are_learned(here, tmp_path):
+    """The first round's answers are to plain prompts, the second's to those that ask for the highest."""
+    keys = {"rewards": {"even": even}, "max_steps": 250, "batch_size": 16, "learning_rate": 1e-2}
+    first, second = go(here, tmp_path / "out", "steerlm", **keys).rows
+    assert second["reward/mean"] > first["reward/mean"] + 0.15
+    learned = read_lines(tmp_path / "out" / "round-1" / "scored.jsonl")
+    assert {row["messages"][0]["content"] for row in learned} == {"even: 0", "even: 4"}
 
 
 @pytest.mark.slow

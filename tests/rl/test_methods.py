@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from jaxalign import api
 from jaxalign.api import method_settings, read_run
 from jaxalign.config import describe, load_config
 from jaxalign.errors import UserError
 from jaxalign.registry import METHODS, OBJECTIVES, ONLINE
 
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
 REWARD = "rewards.length.most=20"
 
 
@@ -34,6 +51,12 @@ def test_its_parts_take_their_keys_from_it(name):
         assert type(built) is part
 
 
+def test_other_defaults_keep_their_bounds():
+    for name, key in (("ppo", "n"), ("rloo", "kl_coef"), ("online_dpo", "temperature"), ("rso", "n")):
+        with pytest.raises(UserError, match=key):
+            load_config(ONLINE[name].config, overrides=[REWARD, f"{key}=-1"])
+
+
 def test_a_method_is_found_by_either_kind_of_name():
     assert not set(OBJECTIVES) & set(ONLINE)
     assert set(METHODS) == set(OBJECTIVES) | set(ONLINE)
@@ -42,9 +65,43 @@ def test_a_method_is_found_by_either_kind_of_name():
         method_settings("grpoo")
 
 
-def test_what_has_no_plan_says_so():
-    from jaxalign import api
+@pytest.mark.parametrize("name", [*ONLINE])
+def test_every_method_has_a_plan(name, tmp_path):
+    """Memory of updates, and of rollouts for methods that sample while they learn."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    keys = {"model": str(tmp_path), "max_length": 1024}
+    run = read_run(name, overrides=[REWARD], values=keys, needs=("model",))
+    facts = api.plan_of(run, on="h100:8").as_dict()
+    assert facts["memory of a device"]["total"] > 16e9 / 8
+    samples = ONLINE[name].loss is not None
+    assert ("rollout" in facts) == ("memory of a device while sampling" in facts) == samples
 
-    run = read_run("grpo", overrides=[REWARD], values={"model": "m"}, needs=("model",))
-    with pytest.raises(UserError, match="plan"):
-        api.plan_of(run)
+
+def test_the_plan_of_a_rollout_is_arithmetic(tmp_path):
+    """Bytes of keys and values: slots x length x layers x 2 x heads x size x 2."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    given = {"model": str(tmp_path), "max_length": 2048, "batch_size": 16, "n": 4, "max_tokens": 256}
+    more = ["rollout_batch_size=128", "minibatches=2", "kl_coef=0.1"]
+    plans = {
+        name: api.plan_of(
+            read_run(name, overrides=[REWARD, *more], values=given, needs=("model",)), on="h200:8"
+        ).as_dict()
+        for name in ("grpo", "ppo")
+    }
+    sampling = plans["grpo"]["memory of a device while sampling"]
+    assert sampling["cache"] == 128 / 8 * 2048 * 32 * 2 * 8 * 128 * 2
+    assert sampling["merged weights"] == pytest.approx(2 * 2 * 8.03e9 / 8, rel=1e-3)
+    assert sampling["total"] == sum(v for k, v in sampling.items() if k != "total")
+    assert plans["grpo"]["rollout"]["answers"] == 16 * 2 * 4
+    assert plans["grpo"]["rollout"]["tokens drawn"] == 16 * 2 * 4 * 256
+    assert plans["grpo"]["step"]["tokens"] == plans["ppo"]["step"]["tokens"] == 16 * 4 * 2048
+    one, two = (plans[name]["parameters"]["adapter"] for name in ("grpo", "ppo"))
+    assert two == 2 * one
+
+
+def test_rollouts_that_do_not_fit_are_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    values = {"model": str(tmp_path), "rollout_batch_size": 4096, "quantise": "nf4"}
+    run = read_run("grpo", overrides=[REWARD], values=values, needs=("model",))
+    problems = api.plan_of(run, on="l4").problems
+    assert any("rollout_batch_size" in problem for problem in problems)

@@ -141,3 +141,31 @@ def test_keys_come_from_the_command_line_and_functions_have_names():
     named = RewardsConfig(rewards={"brief": brief}).model_dump(mode="json")
     assert named["rewards"]["brief"]["function"].endswith("test_rewards:brief")
     assert math.isclose(build_rewards(RewardsConfig(**named))(answers("ab"), Faults()).total[0], -2)
+
+
+def test_rewards_are_normalised_by_the_answers_of_the_start(tmp_path: Path):
+    """Mean 0 and deviation 1 over those; later answers by the same moments, kept in the file. A reward that
+    is the same for all answers only loses its mean."""
+    blocks = {
+        "words": {"kind": "length", "least": 4, "weight": 2.0},
+        "same": {"kind": "regex", "pattern": "."},
+    }
+    config = load_config(RewardsConfig, values={"rewards": blocks, "normalise": True})
+    rewards, file = build_rewards(config), tmp_path / "sub" / "moments.json"
+    first = rewards(answers("a", "a b", "a b c", "a b c d"), Faults(), file)
+    assert first.total.mean() == pytest.approx(0.0, abs=1e-12)
+    assert first.total.std() == pytest.approx(2.0)
+    words = first.parts["words"]
+    later = rewards(answers("a b c d"), Faults(), file)
+    assert later.total[0] == pytest.approx(2 * (1.0 - words.mean()) / words.std())
+    assert later.parts["words"][0] == 1.0
+    plain = build_rewards(load_config(RewardsConfig, values={"rewards": blocks}))
+    assert plain(answers("a b c d"), Faults(), file).total[0] == 3.0
+
+
+def test_rewards_are_clipped_before_the_penalty():
+    blocks = {"words": {"kind": "length", "least": 2, "weight": 10.0}}
+    keys = {"rewards": blocks, "clip_reward": 4.0, "missing_eos_penalty": 1.0}
+    given = [*answers("a b", "a"), Answer(answers("a b")[0].prompt, "a b", "length")]
+    found = build_rewards(load_config(RewardsConfig, values=keys))(given, Faults())
+    assert found.total.tolist() == [4.0, 4.0, 3.0]

@@ -90,3 +90,30 @@ def test_a_few_rows_whose_rewards_follow_length_say_little() -> None:
     (said,) = remarks([*noise, *[line(0.8)] * PATIENCE], every=1)
     assert "length of the answer" in said
     assert len(remarks([line(-0.7)] * 3)) == 1
+
+
+ROLLOUT = {
+    "loss": 0.0,
+    "objective/token_entropy": 2.0,
+    "completions/clipped_ratio": 0.1,
+    "completions/mean_length": 30.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"objective/token_entropy": 0.19}, "limits.entropy"),
+        ({"completions/clipped_ratio": 0.55}, "limits.cut_off"),
+        ({"completions/mean_length": 95.0}, "limits.drift"),
+        ({"completions/mean_length": 9.0}, "limits.drift"),
+    ],
+)
+def test_rollouts_that_go_astray(changed: dict[str, float], said: str) -> None:
+    close = {
+        name: value + 0.5 * (changed[name] - value) for name, value in ROLLOUT.items() if name in changed
+    }
+    assert remarks([ROLLOUT, {**ROLLOUT, **close}]) == []
+    found = remarks([ROLLOUT, {**ROLLOUT, **changed}, {**ROLLOUT, **changed}])
+    assert len(found) == 1
+    assert said in found[0]

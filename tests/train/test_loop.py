@@ -13,8 +13,9 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.train.checkpoint import Checkpoints
+from jaxalign.train.feed import Direct
 from jaxalign.train.flops import Work
-from jaxalign.train.loop import Loop, Outcome, Parties, Plan, Progress, Speed
+from jaxalign.train.loop import Ended, Loop, Outcome, Parties, Plan, Progress, Speed
 from jaxalign.train.metrics import JsonLines, read_lines
 from jaxalign.train.programs import COMPILATIONS
 from tests.train.toy import WIDTH, Toy, batch, parts
@@ -124,7 +125,7 @@ def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
 def test_a_nan_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
     plan = replace(PLAN, max_nonfinite=2)
     outcome = _run(tmp_path, Toy(poison=(6,)), plan, rate=lambda step: step / 100)
-    assert outcome.progress.nonfinite == 1
+    assert outcome.progress.skipped == 1
     assert np.isfinite(outcome.state["params"]["w"]).all()
     rows = {r["step"]: r for r in read_lines(tmp_path / "metrics.jsonl")}
     assert {step: row["nonfinite"] for step, row in rows.items()} == {1: 0, 4: 0, 8: 1, 12: 0}
@@ -152,6 +153,29 @@ def test_evaluates_on_time_and_at_the_end(tmp_path: Path) -> None:
     assert seen == [4, 8, 10]
     rows = [r for r in read_lines(tmp_path / "metrics.jsonl") if "eval_loss" in r]
     assert [(r["step"], r["eval_loss"]) for r in rows] == [(4, 4.5), (8, 8.5), (10, 10.5)]
+
+
+@pytest.mark.parametrize("last", [0, 1, 7])
+def test_an_early_end_goes_back_and_keeps_the_checkpoint(tmp_path: Path, last: int) -> None:
+    """The result is what `back` makes of the state; the checkpoint holds what the updates came to."""
+    toy = Toy()
+    sound = toy.make
+
+    def make(step: int) -> Any:
+        if step == last:
+            raise Ended("far enough", lambda state: {**state, "params": {"w": state["params"]["w"] * 0}})
+        return sound(step)
+
+    toy.make = make
+    extra = {"feed": Direct, "evaluate": lambda state: {"eval_size": float(abs(state["params"]["w"]).sum())}}
+    outcome = _run(tmp_path, toy, **extra)
+    assert (outcome.step, outcome.preempted, outcome.stopped) == (last, False, "far enough")
+    assert not np.asarray(outcome.state["params"]["w"]).any()
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["eval_size"] == 0
+    found = Checkpoints(tmp_path / "checkpoints", {"base_hash": "a"}).restore(toy.like())
+    assert found is not None
+    assert found.step == last
+    assert np.asarray(found.parts["params"]["w"]).any() == (last > 0)
 
 
 def test_an_error_in_the_feed_surfaces_and_the_thread_ends(tmp_path: Path) -> None:

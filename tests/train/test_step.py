@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -139,6 +139,38 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so() -> None:
     state, last = step(state, base, good)
     assert last["nonfinite"] == 0
     bitwise_equal((state.params, state.opt), (want.params, want.opt))
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """The loss of `SFT` with a bound on it."""
+
+    most: float
+    inner: Any = SFT()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        return {"loss": self.most}
+
+    def __call__(self, scores: Any, batch: Batch) -> Any:
+        return self.inner(scores, batch)
+
+
+@pytest.mark.parametrize(("most", "made"), [(1e9, True), (1e-9, False)])
+def test_an_update_beyond_its_bounds_is_not_made(most: float, made: bool) -> None:
+    """Parameters and optimiser stay bit for bit; the counter goes on, and the report is of this update."""
+    rig = replace(RIG, objective=Bounded(most))
+    _, state, base = rig.start()
+    before = jax.tree.map(np.array, state)
+    after, report = program(rig, SHAPE)(state, base, rig.place(micro(unpacked(PAIRS * 2), 2)))
+    assert (report["skipped"], report["nonfinite"]) == (not made, 0)
+    assert report["loss"] > 1
+    same = jax.tree.map(np.array_equal, (before.params, before.opt), (after.params, after.opt))
+    assert jax.tree.all(same) != made
+    assert after.step == 1
 
 
 # --- noise ------------------------------------------------------------------------------------------------
