@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +58,29 @@ def cold_start(session: Session, job: Mapping[str, Any], ours: Contender, guard:
     return reply["compile_s"]
 
 
+def check(session: Session, learned: Mapping[str, Any], precision: str) -> dict[str, float]:
+    """Gaps of the first losses, which are equal within the tolerance, or nothing is published."""
+    first = {name: steps["first"]["losses"][0] for name, steps in learned.items()}
+    gaps = stats.check_losses(first, OURS, precision)
+    session.say(f"  first-step losses equal within {stats.LOSS_RTOL[precision]:g}")
+    return gaps
+
+
+# (session, first and warm-up steps by contender, precision) -> how far each one's first loss lies off.
+Check = Callable[[Session, Mapping[str, Any], str], dict[str, float]]
+
+
 @dataclass
 class Contest:
-    """The starts, first and warm-up steps, and rounds of one case, by contender."""
+    """The starts, first and warm-up steps, and rounds of one case, by contender.
+
+    `same` raises `DifferentWorkError` unless all contenders did the same work in their first steps.
+    """
 
     session: Session
     job: Mapping[str, Any]
     guard: Guard
+    same: Check = check
     starts: dict[str, Any] = field(default_factory=dict)
     learned: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -100,7 +116,7 @@ class Contest:
             groups.setdefault(c.name if options.all_rows or not c.rival else c.rival, []).append(c)
         with ExitStack() as stack:
             workers = [self.elect(group, stack) for group in groups.values()]
-            self.gaps = check(self.session, self.learned, self.job["precision"])
+            self.gaps = self.same(self.session, self.learned, self.job["precision"])
             self.guard.settle()
             message = {"steps": options.steps}
             self.rounds = interleave(workers, message, range(options.rounds), self.guard, say)
@@ -115,15 +131,7 @@ class Contest:
                     worker = self.begin(contender, stack)
                     found = interleave([worker], message, half, self.guard, self.session.say)
                     self.rounds += [{**r, "pass": index} for r in found]
-        self.gaps = check(self.session, self.learned, self.job["precision"])
-
-
-def check(session: Session, learned: Mapping[str, Any], precision: str) -> dict[str, float]:
-    """Gaps of the first losses, which are equal within the tolerance, or nothing is published."""
-    first = {name: steps["first"]["losses"][0] for name, steps in learned.items()}
-    gaps = stats.check_losses(first, OURS, precision)
-    session.say(f"  first-step losses equal within {stats.LOSS_RTOL[precision]:g}")
-    return gaps
+        self.gaps = self.same(self.session, self.learned, self.job["precision"])
 
 
 def curve(found: Mapping[str, Any], name: str) -> list[float]:
@@ -150,22 +158,38 @@ def rows(
 def row(found: Mapping[str, Any], contender: Contender, worth: Mapping[str, float]) -> dict[str, Any]:
     """One contender's cells."""
     name, ours = contender.name, contender.against
-    rounds, begun, first = found["rounds"], found["starts"][name], found["learned"][name]["first"]
-    wall, cpu = speeds(rounds, name, "wall_s"), speeds(rounds, name, "cpu_s")
+    median = stats.spread(speeds(found["rounds"], name, "wall_s")).median
     pairs = zip(curve(found, name), curve(found, ours), strict=True)
+    return {
+        **pace(found, contender),
+        **{key: median * percent for key, percent in worth.items()},
+        "loss-1": f"{found['learned'][name]['first']['losses'][0]:.6f}",
+        "gap-1": found["gaps"][name],
+        "gap-curve": max(stats.gap(a, b) for a, b in pairs),
+        **circumstances(found, name),
+    }
+
+
+def pace(found: Mapping[str, Any], contender: Contender) -> dict[str, Any]:
+    """The cells of a contender's speed, and of ours over it."""
+    rounds, name, ours = found["rounds"], contender.name, contender.against
+    wall, cpu = speeds(rounds, name, "wall_s"), speeds(rounds, name, "cpu_s")
     return {
         "tok/s": stats.spread(wall),
         "tok/CPU-s": stats.spread(cpu),
         "ours/this": stats.ratios(speeds(rounds, ours, "wall_s"), wall),
         "CPU-ours/this": stats.ratios(speeds(rounds, ours, "cpu_s"), cpu),
-        **{key: stats.spread(wall).median * percent for key, percent in worth.items()},
-        "loss-1": f"{first['losses'][0]:.6f}",
-        "gap-1": found["gaps"][name],
-        "gap-curve": max(stats.gap(a, b) for a, b in pairs),
+    }
+
+
+def circumstances(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The cells of a contender's start, memory and load."""
+    rounds, begun = found["rounds"], found["starts"][name]
+    return {
         "ready-s": begun["ready_s"],
         "compile-s": begun["compile_s"],
         "cold-compile-s": found["cold_compile_s"].get(name),
-        "first-step-s": first["wall_s"],
+        "first-step-s": found["learned"][name]["first"]["wall_s"],
         "peak-MiB": max(column(rounds, name, "peak_mib")),
         "device-MiB": device_mib(rounds, name),
         "max-load": max(column(rounds, name, "load")),
@@ -218,9 +242,14 @@ def begin(session: Session, label: Mapping[str, Any]) -> tuple[Guard, dict[str, 
 
 
 def hold(
-    session: Session, label: Mapping[str, Any], who: Sequence[Contender], guard: Guard, **job: Any
+    session: Session,
+    label: Mapping[str, Any],
+    who: Sequence[Contender],
+    guard: Guard,
+    same: Check = check,
+    **job: Any,
 ) -> dict[str, Any]:
-    """Runs the contest of one case; everything measured."""
+    """Runs the contest of one case; everything measured. `same` is that of `Contest`."""
     work = session.job(
         precision=label["precision"],
         batches=session.files[label["data"]],
@@ -230,7 +259,7 @@ def hold(
     )
     shutil.rmtree(work["cache"], ignore_errors=True)
     cold = {c.name: cold_start(session, work, c, guard) for c in who if not c.rival}
-    contest = Contest(session, work, guard)
+    contest = Contest(session, work, guard, same)
     contest.together(who) if session.together else contest.alone(who)
     for name, reply in contest.starts.items():
         session.versions.setdefault(name, reply["versions"])

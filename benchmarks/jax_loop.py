@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -19,7 +19,21 @@ from jaxalign.train.settings import TrainConfig, objective_for
 from jaxalign.types import Batch
 
 
-def run(job: Mapping[str, Any], channel: Channel, make: Callable[[Mapping[str, Any], Any], Loop]) -> None:
+class Trains(Protocol):
+    """A training that runs in rounds. `state` is there once it has compiled."""
+
+    state: Any
+
+    def compile(self) -> Any:
+        """The program of its largest batch."""
+        ...
+
+    def round(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """`steps` steps; losses and tokens."""
+        ...
+
+
+def run(job: Mapping[str, Any], channel: Channel, make: Callable[[Mapping[str, Any], Any], Trains]) -> None:
     """Loads and compiles, then answers each round of `steps` steps with their losses."""
     mesh, clock = jax_common.prepare(job), Clock()
     loop = make(job, mesh)

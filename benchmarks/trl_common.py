@@ -8,6 +8,7 @@ progress bars are off. The losses are the values `training_step` returns, kept a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.measure import Clock, peak_mib, reset_peak, versions
 from benchmarks.protocol import Channel
 
 MANY = 10**6  # steps: training ends when the parent says so
-Build = Callable[[Mapping[str, Any], batches.Steps, TrainerCallback], Any]
+Build = Callable[[Mapping[str, Any], batches.Steps, "Turns"], Any]
 
 
 def train(job: Mapping[str, Any], channel: Channel, build: Build) -> None:
@@ -49,6 +50,8 @@ class Turns(TrainerCallback):
         self.job, self.channel, self.steps = job, channel, steps
         self.clock, self.left, self.at, self.tokens = Clock(), 0, 0, 0
         self.losses: list[torch.Tensor] = []
+        # What else a trainer tells of a round, in place of the tokens of the batches too.
+        self.more: Callable[[], Mapping[str, Any]] = dict
 
     def listen(self, trainer: Any) -> None:
         """Keeps what `training_step` returns."""
@@ -78,7 +81,8 @@ class Turns(TrainerCallback):
         times = self.clock.lap()
         losses, self.losses, tokens, self.tokens = [x.item() for x in self.losses], [], self.tokens, 0
         memory = {"peak_mib": peak_mib(), **torch_common.device_peak(self.job)}
-        self.channel.reply(**times, **memory, losses=losses, tokens=tokens)
+        told = {"losses": losses, "tokens": tokens, **self.more()}
+        self.channel.reply(**times, **memory, **told)
 
     def _wait(self, control: Any) -> None:
         message = self.channel.receive()
@@ -100,7 +104,6 @@ def arguments(job: Mapping[str, Any]) -> dict[str, Any]:
         "max_grad_norm": job["clip"],
         "bf16": bool(job.get("autocast")),
         "gradient_checkpointing": bool(job.get("checkpointing")),
-        "max_length": None,
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "logging_strategy": "no",
@@ -112,8 +115,9 @@ def arguments(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or one with two words for a random model: TRL insists on having one."""
+    """The folder's tokenizer; for a random model, which has none, one that writes ids as numbers."""
     if (folder / "tokenizer.json").exists():
         return AutoTokenizer.from_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")

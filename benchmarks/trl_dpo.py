@@ -51,6 +51,7 @@ def arguments(job: Mapping[str, Any], steps: batches.Steps) -> DPOConfig:
     return DPOConfig(
         per_device_train_batch_size=steps.tokens.shape[1] // 2,
         beta=job["beta"],
+        max_length=None,
         precompute_ref_log_probs=bool(job.get("precomputed")),
         **trl_common.arguments(job),
     )

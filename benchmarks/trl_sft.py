@@ -39,6 +39,7 @@ def arguments(job: Mapping[str, Any], steps: batches.Steps) -> SFTConfig:
     return SFTConfig(
         per_device_train_batch_size=steps.tokens.shape[1] if packing else 1,
         padding_free=packing,
+        max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         **trl_common.arguments(job),
     )
