@@ -64,7 +64,7 @@ class OptimConfig(Config):
     """decay of the running mean of gradients (adamw, lion), or the momentum (sgd)"""
     beta2: float = Field(0.999, ge=0, lt=1)
     """decay of the running mean of squared gradients (adamw), or of the momentum (lion)"""
-    epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
     """adamw: added to the denominator"""
 
 
@@ -136,7 +136,7 @@ def decayed(params: Params) -> Any:
 def adamw(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2)."""
     c = config
-    return optax.adamw(schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=mask)
+    return optax.adamw(schedule, c.beta1, c.beta2, c.adam_epsilon, weight_decay=c.weight_decay, mask=mask)
 
 
 def adafactor(config: OptimConfig, schedule: Factor, mask: Mask) -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ from jaxalign.api import method_settings, read_run
 from jaxalign.config import describe, load_config
 from jaxalign.errors import UserError
 from jaxalign.registry import METHODS, OBJECTIVES, ONLINE
+from jaxalign.rl.settings import OnlineConfig
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -49,6 +50,16 @@ def test_its_parts_take_their_keys_from_it(name):
     for part in parts:
         built = part(**{key: getattr(config, key) for key in part.model_fields})
         assert type(built) is part
+
+
+@pytest.mark.parametrize("name", [name for name in ONLINE if ONLINE[name].loss])
+def test_no_key_of_a_loss_is_another_key_of_the_run(name):
+    """One that both have means the same in both: an epsilon of the clipping is none of the optimiser."""
+    loss, estimator = ONLINE[name].run.args[1:3]
+    own = {*loss.model_fields, *estimator.model_fields}
+    assert own & set(OnlineConfig.model_fields) <= {"temperature", "kl_coef", "costs"}
+    config = load_config(ONLINE[name].config, overrides=[REWARD])
+    assert (config.adam_epsilon, getattr(config, "epsilon", 0.2)) == (1e-8, 0.2)
 
 
 def test_other_defaults_keep_their_bounds():

@@ -20,7 +20,7 @@ from tests.train.tiny import write_model
 KEYS: dict[str, Any] = {
     "max_tokens": 2,
     "max_steps": 40,
-    "learning_rate": 3e-2,
+    "learning_rate": 3e-3,
     "dtype": "f32",
     "lora": {"rank": 4},
     "warmup_ratio": 0.0,
