@@ -218,7 +218,11 @@ def evaluate(
     config: FileOption = None,
     help_: HelpOption = False,
 ) -> None:
-    """Judge a model on data: METHOD reward scores pairs with a reward model. Ends with a report.
+    """Judge a model on data. Ends with a report.
+
+    reward: how often a reward model scores the chosen answer higher.
+
+    best_of_n: the reward of the best of N answers over their KL, beside tuned runs.
 
     `jaxalign evaluate METHOD --help` lists the keys of a method.
     """

@@ -148,7 +148,13 @@ REWARDS = Registry(
     },
 )
 
-EVALUATIONS = Registry("evaluation", {"reward": "jaxalign.evals.reward:EVALUATION"})
+EVALUATIONS = Registry(
+    "evaluation",
+    {
+        "reward": "jaxalign.evals.reward:EVALUATION",
+        "best_of_n": "jaxalign.evals.best_of_n:EVALUATION",
+    },
+)
 
 OPTIMIZERS = Registry(
     "optimizer",

@@ -11,16 +11,19 @@ from typing import Any
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_page(folder: Path, template: str, data: Mapping[str, Any], **more: Any) -> Path:
+def write_page(
+    folder: Path, template: str, data: Mapping[str, Any], *, numbers: str = "report.json", **more: Any
+) -> Path:
     """`write_files` of `data` and the page that `template` makes of it and of `more`."""
-    return write_files(folder, data, environment().get_template(template).render({**data, **more}))
+    page = environment().get_template(template).render({**data, **more})
+    return write_files(folder, data, page, numbers)
 
 
-def write_files(folder: Path, data: Mapping[str, Any], page: str) -> Path:
-    """Write `report.json` and `report.html` into `folder`; the path of the page."""
+def write_files(folder: Path, data: Mapping[str, Any], page: str, numbers: str = "report.json") -> Path:
+    """Write `data` into the file `numbers` of `folder` and the page into its `report.html`; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in (("report.json", text), ("report.html", page)):
+    for name, content in ((numbers, text), ("report.html", page)):
         draft = folder / f"{name}.tmp"
         draft.write_text(content, encoding="utf-8")
         os.replace(draft, folder / name)  # a reader sees the old file or the new one
@@ -38,7 +41,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(percent=percent, points=points, p_value=p_value, clock=clock)
+    env.filters.update(percent=percent, points=points, p_value=p_value, clock=clock, measured=measured)
     return env
 
 
@@ -57,6 +60,15 @@ def p_value(value: float | None) -> str:
     if value is None:
         return "p not defined"
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def measured(mean: dict[str, Any]) -> str:
+    """A mean and its interval in words: `0.512 (0.480 to 0.550)`."""
+    if mean["mean"] is None:
+        return "not measured"
+    if mean["low"] is None:
+        return f"{mean['mean']:.3f} (one prompt: no interval)"
+    return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""Statistics of a pass rate: Wilson intervals, and the paired comparison of two runs over the same items.
+"""Statistics of pass rates and means: Wilson and bootstrap intervals, two runs compared item by item.
 
-Every number carries its n and its interval. Rates, intervals and p-values are plain Python floats in
-[0, 1], so that a result can be written as JSON as it stands.
+Every number carries its n and its interval. They are plain Python floats, rates and p-values in [0, 1], so
+that a result can be written as JSON as it stands.
 """
 
 from __future__ import annotations
@@ -22,6 +22,21 @@ class Rate:
     passed: int
     n: int
     rate: float | None
+    low: float | None
+    high: float | None
+
+    def to_json(self) -> dict:
+        """The fields as a dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over `n` items and its interval `low` to `high`; null without items, the interval also where
+    one item alone says nothing of the spread."""
+
+    mean: float | None
+    n: int
     low: float | None
     high: float | None
 
@@ -70,6 +85,16 @@ def rate_interval(passed: int, n: int) -> Rate:
 
     interval = binomtest(passed, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return Rate(passed, n, passed / n, float(interval.low), float(interval.high))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Mean:
+    """The mean of `values` [n] with its percentile bootstrap interval at 95 %, which resamples the items."""
+    found = np.asarray(values, np.float64)
+    if not found.size:
+        return Mean(None, 0, None, None)
+    if found.size == 1:
+        return Mean(float(found[0]), 1, None, None)
+    return Mean(float(found.mean()), found.size, *_bootstrap_mean(found, seed, resamples))
 
 
 def paired_difference(

@@ -27,6 +27,12 @@ def content_hash(files: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def adapter_hash(folder: Path | None) -> str:
+    """`content_hash` of an adapter's configuration and weights; "" where there is no adapter."""
+    files = sorted(folder.glob("adapter_*")) if folder else []
+    return content_hash(files) if files else ""
+
+
 def _file_hash(file: Path) -> str:
     file = file.resolve()
     status = file.stat()

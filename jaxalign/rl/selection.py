@@ -154,7 +154,7 @@ def scored_row(judged: Judged, texts: Sequence[str], scores: Sequence[float]) ->
     answers = {"completions": list(texts), "scores": list(scores)}
     if prompt.messages is None:
         return {**about, "prompt": prompt.text, **answers}
-    return {**about, "messages": _turns(prompt), **answers}
+    return {**about, "messages": chat_turns(prompt), **answers}
 
 
 def pair_row(judged: Judged, chosen: str, rejected: str, name: str) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def pair_row(judged: Judged, chosen: str, rejected: str, name: str) -> dict[str,
     if prompt.messages is None:
         return {**about, "prompt": prompt.text, "chosen": chosen, "rejected": rejected}
     turn = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-    return {**about, "prompt": _turns(prompt), "chosen": turn(chosen), "rejected": turn(rejected)}
+    return {**about, "prompt": chat_turns(prompt), "chosen": turn(chosen), "rejected": turn(rejected)}
 
 
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
+def chat_turns(prompt: Prompt) -> list[dict[str, str]]:
     """A chat without the answer that its row may bring."""
     return [{"role": m.role, "content": m.content} for m in prompt.messages or ()]

@@ -53,9 +53,12 @@ def generate(model: str, data: str | Path, out: Path, config: GenerateConfig) ->
     return replace(found, rejects={**unread, **found.rejects})
 
 
-def answer_file(model: str, prompts: Sequence[Prompt], out: Path, config: GenerateConfig) -> GenerateReport:
-    """`generate` for prompts that were read already. A file that holds all answers needs no model."""
-    about = {"model": model, **config.model_dump(mode="json")}
+def answer_file(
+    model: str, prompts: Sequence[Prompt], out: Path, config: GenerateConfig, *, ids: bool = False
+) -> GenerateReport:
+    """`generate` for prompts that were read already. A file that holds all answers needs no model. `ids` adds
+    the token ids of every completion, for whoever needs the very tokens: text may be cut into others."""
+    about = {"model": model, **config.model_dump(mode="json"), **({"ids": True} if ids else {})}
     _check_same(out, about)
     done = _finished(out)
     if all(prompt.id in done for prompt in prompts):
@@ -67,7 +70,7 @@ def answer_file(model: str, prompts: Sequence[Prompt], out: Path, config: Genera
     start, tokens = time.monotonic(), 0
     with out.open("a", encoding="utf-8") as file, _Meter(len(todo)) as meter:
         for prompt, samples in _answers(engine, todo, config):
-            file.write(json.dumps(_row(prompt, samples), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_row(prompt, samples, ids), ensure_ascii=False) + "\n")
             file.flush()
             count = sum(len(s.tokens) for s in samples)
             tokens += count
@@ -122,11 +125,13 @@ def _answers(
             yield todo[request][0], [part[i] for i in range(config.n)]
 
 
-def _row(prompt: Prompt, samples: list[Sample]) -> dict[str, Any]:
+def _row(prompt: Prompt, samples: list[Sample], ids: bool) -> dict[str, Any]:
     completions = [
         {"text": s.text, "tokens": len(s.tokens), "finish": s.finish, "logp": round(float(s.logp.sum()), 4)}
         for s in samples
     ]
+    if ids:
+        completions = [{**row, "ids": s.tokens.tolist()} for row, s in zip(completions, samples, strict=True)]
     return {**prompt.row, "id": prompt.id, "completion": samples[0].text, "completions": completions}
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxalign.errors import UserError
 from jaxalign.models.base import DTYPES
 from jaxalign.models.decoder import Adapter, Model, parameter_count
-from jaxalign.models.hashing import content_hash
+from jaxalign.models.hashing import adapter_hash
 from jaxalign.models.load import Loaded, load_model
 from jaxalign.sharding import RULES, tree_shardings
 from jaxalign.train.checkpoint import Parts
@@ -198,11 +198,8 @@ class Machine:
         w, source = self.weights, self.weights.loaded.source
         start, _ = w.split(w.params)
         adapter, base = (None, start) if w.full else (start if w.imported else None, w.base)
-        files = sorted(source.adapter.glob("adapter_*")) if source.adapter else []
-        identity = content_hash(files) if files else ""
-        return Reference(
-            w.model, adapter, base, self.mesh, f"{w.loaded.base_hash}+{identity}:{self.config.dtype}"
-        )
+        identity = f"{w.loaded.base_hash}+{adapter_hash(source.adapter)}:{self.config.dtype}"
+        return Reference(w.model, adapter, base, self.mesh, identity)
 
     @cached_property
     def state_shardings(self) -> Any:

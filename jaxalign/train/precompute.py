@@ -30,13 +30,15 @@ from jaxalign.types import Example, Group, Params
 
 @dataclass(frozen=True)
 class Reference:
-    """The weights of a reference policy on a mesh. `identity` says which weights they are."""
+    """The weights of a reference policy on a mesh. `identity` says which weights they are; its logits are
+    divided by `temperature`."""
 
     model: Model
     adapter: Params | None
     base: Params
     mesh: Any
     identity: str
+    temperature: float = 1.0
 
     def log_probs(
         self, items: Sequence[Item], *, rows: int, max_length: int, pad_id: int
@@ -54,7 +56,7 @@ class Reference:
     @cached_property
     def _compiled(self) -> Callable[..., jax.Array]:
         """logp [B, G, T] of a whole batch, on every process."""
-        forward = partial(score, self.model, compact=self.mesh.size == 1)
+        forward = partial(score, self.model, compact=self.mesh.size == 1, temperature=self.temperature)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(lambda *args: forward(*args).logp, out_shardings=everywhere)
 

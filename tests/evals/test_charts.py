@@ -84,3 +84,22 @@ def test_nothing_recorded_is_no_line():
 def test_zero_is_on_the_axis_when_asked():
     chart = line_chart("Speed", [Series("speed", "train", [(0, 400.0), (9, 410.0)])], zero=True)
     assert chart.y_ticks[0].label == "0"
+
+
+def test_intervals_are_on_the_axes_and_go_through_their_points():
+    run = Series("run", "eval", [(2.0, 5.0)], marks=["run"], bars=[(0.0, 8.0)], spans=[(1.0, 4.0)])
+    line = Series("line", "train", [(0.0, 1.0), (1.0, None), (2.0, 4.0)], marks=["a", "b", "c"])
+    chart = line_chart("Reward", [line, run], size=(720, 380))
+    upright, level = chart.lines[1].bars
+    ((x, y, _),) = chart.lines[1].dots
+    assert upright == (pytest.approx(x, abs=0.1), chart.bottom, pytest.approx(x, abs=0.1), chart.top)
+    assert level[1] == level[3] == pytest.approx(y, abs=0.1)
+    assert level[0] == pytest.approx((3 * chart.left + chart.right) / 4, abs=0.1)
+    assert level[2] == chart.right == 720 - 12
+    assert [(text, anchor) for _, _, text, anchor in chart.lines[0].marks] == [("a", "start"), ("c", "end")]
+    assert chart.lines[0].bars == []
+
+
+def test_a_point_left_of_zero_has_no_tick_outside():
+    chart = line_chart("Reward", [Series("run", "eval", [(-0.01, 1.0), (3.0, 2.0)])])
+    assert [tick.label for tick in chart.x_ticks] == ["0", "1", "2", "3"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from jaxalign.evals.stats import paired_difference, rate_interval
+from jaxalign.evals.stats import mean_interval, paired_difference, rate_interval
 
 Z2 = 1.959963984540054**2
 
@@ -78,6 +78,20 @@ def test_the_seed_decides():
     first, again = paired_difference(before, after, seed=3), paired_difference(before, after, seed=3)
     assert first == again
     assert json.loads(json.dumps(first.to_json()))["seed"] == 3
+
+
+def test_the_interval_of_a_mean_is_that_of_the_binomial():
+    # of 0 and 1, a resampled mean is a binomial count over n
+    found = mean_interval([1.0] * 45 + [0.0] * 15, seed=1)
+    assert (found.mean, found.n) == (0.75, 60)
+    assert (found.low, found.high) == pytest.approx(
+        tuple(binom.ppf([0.025, 0.975], 60, 0.75) / 60), abs=1 / 60
+    )
+
+
+def test_one_item_has_no_interval_and_none_no_mean():
+    assert mean_interval([2.5]).to_json() == {"mean": 2.5, "n": 1, "low": None, "high": None}
+    assert mean_interval([]).to_json() == {"mean": None, "n": 0, "low": None, "high": None}
 
 
 def test_unequal_lengths_are_refused():

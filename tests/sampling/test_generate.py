@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxalign.data.readers import read_prompts
 from jaxalign.errors import UserError
 from jaxalign.sampling import chat as chat_module
 from jaxalign.sampling import generate as module
 from jaxalign.sampling.engine import Sample
-from jaxalign.sampling.generate import generate
+from jaxalign.sampling.generate import answer_file, generate
 from jaxalign.sampling.settings import GenerateConfig
 from tests.data.toy import toy
 
@@ -89,6 +90,16 @@ def test_rows_keep_their_keys_and_their_order(
     assert "prompts.jsonl:3" in said
     assert "longer than 40 tokens" in said
     assert "12 of 13 rows answered" in said
+
+
+def test_token_ids_are_kept_where_they_are_wanted(engine: Echo, prompts: Path, tmp_path: Path) -> None:
+    asked, _ = read_prompts(prompts)
+    answer_file("m", asked, tmp_path / "with.jsonl", CONFIG, ids=True)
+    assert {tuple(c["ids"]) for row in read(tmp_path / "with.jsonl") for c in row["completions"]} == {(5, 2)}
+    answer_file("m", asked, tmp_path / "without.jsonl", CONFIG)
+    assert not any("ids" in c for row in read(tmp_path / "without.jsonl") for c in row["completions"])
+    with pytest.raises(UserError, match="ids None -> True"):
+        answer_file("m", asked, tmp_path / "without.jsonl", CONFIG, ids=True)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(engine: Echo, prompts: Path, tmp_path: Path) -> None:
