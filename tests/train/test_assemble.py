@@ -81,7 +81,7 @@ def test_the_step_takes_and_gives_states_of_one_kind(prepared: tuple[Machine, Pr
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding and a.dtype == b.dtype, state, like)
     assert all(jax.tree.leaves(same))
     assert programs.late == 0
-    assert set(made.parts(state)) == {"params", "opt", "rest", "reference"}
+    assert set(made.parts(state)) == {"params", "opt", "rest", "reference", "past"}
     assert made.parts(state)["reference"] is None
 
 
