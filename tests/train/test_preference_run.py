@@ -282,9 +282,12 @@ def test_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(OBJECTIVES))
 def test_every_method_trains_from_the_command_line(here: Path, tmp_path: Path, method: str) -> None:
-    result = run(here, tmp_path / method, method, "max_steps=2")
+    # An evaluation is one more program to compile: one method of each kind of rows has it.
+    evaluated = method in ("sft", "ipo", "kto", "lipo", "cost")
+    keys = ["max_steps=2"] if evaluated else ["max_steps=2", "eval_fraction=0"]
+    result = run(here, tmp_path / method, method, *keys)
     rows = read_lines(result.folder / "metrics.jsonl")
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
-    assert np.isfinite(rows[-1]["eval_loss"])
+    assert not evaluated or np.isfinite(rows[-1]["eval_loss"])
     assert rows[0]["nonfinite"] == 0
     assert rows[0]["grad_norm"] > 0
