@@ -311,6 +311,9 @@ def to_prompt(row: Any, place: str) -> Prompt:
     return Prompt(name, messages, text, row, place)
 
 
+PROMPT_KEYS = ("messages", "conversations", "prompt", "text", "instruction")
+
+
 def to_prompts(row: Any, place: str, source: str) -> tuple[list[Prompt], str]:
     """The prompt of one row, or all those of a tree. Raises `RowError`, `UnwantedRowError`."""
     if isinstance(row, dict) and oasst.is_tree(row):
@@ -318,7 +321,25 @@ def to_prompts(row: Any, place: str, source: str) -> tuple[list[Prompt], str]:
         return [
             Prompt(name, turns, None, about, place) for name, turns in oasst.prompts_from_tree(row)
         ], "tree"
+    if isinstance(row, dict) and not any(key in row for key in PROMPT_KEYS):
+        known = next((f for f in GROUP_FORMATS if f.matches(row)), None)
+        if known is not None:  # the prompt of a transcript, say, stands before both of its answers
+            return _prompts_of(native(row, source=source, place=place)[0], row, place), known.name
     return [to_prompt(row, place)], "prompts"
+
+
+def _prompts_of(parts: Sequence[Any], row: dict[str, Any], place: str) -> list[Any]:
+    """The prompts of records, each once, with the faults among the records."""
+    found: dict[Any, Any] = {}
+    for part in parts:
+        if isinstance(part, RowError | UnwantedRowError):
+            found[len(found)] = part
+        elif isinstance(part.prompt, str):
+            found[part.prompt] = Prompt(content_id(part.prompt), None, part.prompt, row, place)
+        else:
+            name = content_id([[m.role, m.content] for m in part.prompt])
+            found[part.prompt] = Prompt(name, part.prompt, None, row, place)
+    return list(found.values())
 
 
 def read_prompts(source: str | Path, *, max_bad_rows: float = 0.1) -> tuple[list[Prompt], LoadReport]:

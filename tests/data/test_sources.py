@@ -180,6 +180,18 @@ def test_published_ratings_and_rankings():
     assert (len(ratings) + rejected, report.rows) == (report.rows - 2, report.rows)
 
 
+def test_pairs_without_a_prompt_of_their_own_give_that_of_their_transcripts(tmp_path):
+    talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    rows = [{"chosen": talk + "yes", "rejected": talk + "no"}, {"chosen": "nothing", "rejected": "of this"}]
+    prompts, report = read_prompts(write_jsonl(tmp_path / "hh.jsonl", rows), max_bad_rows=0.5)
+    assert [[m.content for m in p.messages] for p in prompts] == [["a", "b", "c"]]
+    assert report.rejected == 1
+    path = shared("hh-rlhf/harmless-base-test.jsonl.gz")
+    prompts, report = read_prompts(path)
+    assert (len(prompts), report.rejected) == (2299, 13)
+    assert all(p.messages[-1].role == "user" for p in prompts)
+
+
 def test_ratings_and_rankings_without_a_header(tmp_path):
     (tmp_path / "rankings.csv").write_text("q,nan,one,two,(b)\nq,nan,one,two,(a)\nq,,one,three,equal\n")
     (record,), report = read_groups(tmp_path / "rankings.csv", "pairs")
