@@ -25,6 +25,7 @@ _CALLS = ("chat", "evaluate", "export", "generate", "inspect_data", "inspect_mod
 
 __all__ = [
     "UserError",
+    "build",
     "chat",
     "evaluate",
     "export",

@@ -188,6 +188,33 @@ def chat(
     work(model, load_config(generate_settings(), config, overrides, keys))
 
 
+# ------------------------------------------------------------------------------------------- building
+
+
+def build(
+    method: str,
+    model: Any = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    out: str | Path = "records.jsonl",
+    *,
+    models: Mapping[str, Any] | None = None,
+    config: Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    **keys: Any,
+) -> dict[str, Any]:
+    """Builds records from `data` into the file `out` by the builder of that registry name; the report.
+
+    `model` and `models`, by the builder's other roles, are what `-m` takes, endpoints
+    (`http(s)://host/v1#model`) or objects that answer (`jaxalign.llm.base.LLM`). Raises `UserError`.
+    """
+    from jaxalign.registry import BUILDERS
+    from jaxalign.synth.build import build as work
+
+    settings = load_config(BUILDERS[method].config, config, overrides, keys)
+    given = ({} if model is None else {"model": model}) | dict(models or {})
+    return work(method, given, data, Path(out), settings)
+
+
 # ----------------------------------------------------------------------------------------- evaluation
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxalign.errors import UserError, nearest
-from jaxalign.registry import EVALUATIONS, METHODS, Registry
+from jaxalign.registry import BUILDERS, EVALUATIONS, METHODS, Registry
 
 START, WORK, LOOK = "Start here", "Train, use and hand over", "Look before you run"
 
@@ -209,6 +209,37 @@ def chat(
 
 
 @verb(WORK, **WITH_KEYS)
+def build(
+    ctx: typer.Context,
+    args: MethodAndKeys = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    config: FileOption = None,
+    help_: HelpOption = False,
+) -> None:
+    """Make data to align with: pairs, ratings, rows to imitate. The same command goes on where it stopped.
+
+    MODEL may also be an endpoint, http(s)://host/v1#model. `jaxalign build METHOD --help` lists the keys of a
+    method.
+    """
+    method, files, overrides = _sort(args, config)
+    if help_:
+        _help(ctx, method and _build_rows(method), BUILDERS)
+        return
+    if method is None:
+        raise UserError("no builder is named", remedy=f"name one of: {', '.join(BUILDERS)}")
+    from jaxalign import api
+
+    needed = _needed(data=("-d", data), out=("-o", out))
+    report = api.build(method, model, config=files, overrides=overrides, **needed)
+    left_out = report["dropped"] | report["rejects"]
+    for reason, count in left_out.items():
+        print(f"left out {count}: {reason}")
+    print(f"{report['n_out']} records from {report['n_in']} items: {needed['out']}")
+
+
+@verb(WORK, **WITH_KEYS)
 def evaluate(
     ctx: typer.Context,
     args: MethodAndKeys = None,
@@ -384,6 +415,12 @@ def _train_rows(method: str) -> Any:
     return describe(method_settings(method))
 
 
+def _build_rows(method: str) -> Any:
+    from jaxalign.config import describe
+
+    return describe(BUILDERS[method].config)
+
+
 def _evaluate_rows(method: str) -> Any:
     from jaxalign.config import describe
 
@@ -405,7 +442,7 @@ def _help(ctx: typer.Context, rows: Any, methods: Registry = METHODS) -> None:
     if rows:
         show_keys(rows)
     else:
-        verb = "train" if methods is METHODS else "evaluate"
+        verb = ctx.command.name
         print(f"METHOD is one of: {', '.join(methods)}. Their keys: jaxalign {verb} METHOD --help\n")
 
 

@@ -156,6 +156,8 @@ EVALUATIONS = Registry(
     },
 )
 
+BUILDERS = Registry("builder", {})
+
 OPTIMIZERS = Registry(
     "optimizer",
     {name: f"jaxalign.train.optim:{name}" for name in ("adamw", "adafactor", "lion", "sgd")},

@@ -27,11 +27,11 @@ from jaxalign.evals.best_of import best_of_kl, expected_best, sizes
 from jaxalign.evals.charts import Chart, Interval, Series, line_chart
 from jaxalign.evals.page import measured, write_page
 from jaxalign.evals.policies import Distance, Passes, Policy, Sampled, open_policies, sample
-from jaxalign.evals.stats import mean_interval
 from jaxalign.rl.rewards import Faults, Rewards, RewardsConfig, Scored, build_rewards
 from jaxalign.rl.selection import chat_turns
 from jaxalign.sampling.settings import GenerateConfig
 from jaxalign.sharding import MeshConfig
+from jaxalign.stats import mean_interval
 from jaxalign.train.folder import RunFolder
 
 CHART = (720, 380)

@@ -35,7 +35,7 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
         commands   [{about, command}]
         notes      [str]
 
-    Rate and Paired are `to_json()` of the classes in `jaxalign.evals.stats`. The page loads nothing: its
+    Rate and Paired are `to_json()` of the classes in `jaxalign.stats`. The page loads nothing: its
     style, script and charts are in it, and every text is escaped.
     """
     page = render(data)

@@ -19,8 +19,8 @@ from jaxalign.data.readers import read_groups
 from jaxalign.data.tokenize import Truncation, tokenize_groups
 from jaxalign.evals.base import Evaluation
 from jaxalign.evals.page import percent, write_page
-from jaxalign.evals.stats import rate_interval
 from jaxalign.sharding import MeshConfig
+from jaxalign.stats import rate_interval
 from jaxalign.train.reward_model import load_reward_model
 from jaxalign.train.settings import PairPolicy
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from jaxalign.data.chat import Tokenizer
 from jaxalign.data.readers import read_prompts
 from jaxalign.data.records import Message, Prompt
 from jaxalign.errors import UserError
+from jaxalign.progress import Meter
 from jaxalign.sampling.engine import Engine, Sample
 from jaxalign.sampling.load import load_engine
 from jaxalign.sampling.settings import GenerateConfig
@@ -68,7 +66,7 @@ def answer_file(
     _remember(out, about | {"sha256": base_hash})
     todo, rejects = _encode(engine, tokenizer, [p for p in prompts if p.id not in done], config)
     start, tokens = time.monotonic(), 0
-    with out.open("a", encoding="utf-8") as file, _Meter(len(todo)) as meter:
+    with out.open("a", encoding="utf-8") as file, Meter(len(todo), "answering") as meter:
         for prompt, samples in _answers(engine, todo, config):
             file.write(json.dumps(_row(prompt, samples, ids), ensure_ascii=False) + "\n")
             file.flush()
@@ -190,37 +188,3 @@ def _summary(r: GenerateReport, out: Path) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-class _Meter:
-    """A progress bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self.console, self.total, self.rows, self.tokens = Console(stderr=True), total, 0, 0
-        self.start = self.said = time.monotonic()
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        self.bar = Progress(TextColumn("answering"), *columns, console=self.console)
-        self.task = self.bar.add_task("answering", total=total, rate="")
-
-    def __enter__(self) -> _Meter:
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def add(self, tokens: int) -> None:
-        """One row of so many tokens is done."""
-        now = time.monotonic()
-        self.rows, self.tokens = self.rows + 1, self.tokens + tokens
-        rate = f"{self.tokens / max(now - self.start, 1e-9):.0f} tokens/s"
-        self.bar.update(self.task, completed=self.rows, rate=rate)
-        if not self.console.is_terminal and now - self.said > 10:
-            self.said = now
-            _say(f"{self.rows}/{self.total} rows, {rate}")

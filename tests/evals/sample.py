@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from jaxalign.evals.stats import paired_difference, rate_interval
+from jaxalign.stats import paired_difference, rate_interval
 
 
 def answer(text: str, passed: bool, fact: bool = False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from jaxalign.evals.stats import mean_interval, paired_difference, rate_interval
+from jaxalign.stats import mean_interval, paired_difference, rate_interval
 
 Z2 = 1.959963984540054**2
 

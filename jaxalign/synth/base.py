@@ -1,0 +1,122 @@
+"""What a builder is: its keys, its work over LLMs, and what it hands back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from jaxalign.config import Config
+from jaxalign.llm.base import LLM
+from jaxalign.llm.settings import LLMConfig
+from jaxalign.synth.stage import Ask, Choose, Outcome, Rules, Stage
+from jaxalign.synth.templates import Templates
+
+
+class BuildConfig(Config):
+    """What all builders have in common."""
+
+    seed: int = Field(default=0, ge=0)
+    """a build is a function of seed, data, models and keys"""
+    limit: int = Field(default=0, ge=0)
+    """use the first so many rows of the data; 0 is all"""
+    max_bad_rows: float = Field(default=0.1, ge=0, le=1)
+    """stop when more than this share of the data's rows cannot be used"""
+    retries: int = Field(default=5, ge=0)
+    """how often an answer that is not understood is asked for again, with another seed"""
+    retry_temperature: float = Field(default=0.7, gt=0)
+    """temperature of a repeated request that was greedy"""
+    max_parse_fail: float = Field(default=0.2, ge=0, le=1)
+    """a stage fails once this share of its items has no usable answer"""
+    templates: Path | None = None
+    """a folder of your own prompts, NAME.txt, in place of those of the same name"""
+    llm: LLMConfig = LLMConfig()
+    """how models answer"""
+
+    @property
+    def rules(self) -> Rules:
+        """Those of every stage."""
+        return Rules(self.seed, self.retries, self.retry_temperature, self.max_parse_fail)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a builder hands back.
+
+    rows     records in canonical form, as they stand in the file
+    metrics  what its report says of them: JSON
+    dropped  {reason: how many items were left out}
+    beside   {file name: rows} of further files of records, such as ties
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    beside: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a builder works with.
+
+    data       what -d names: files, folders or hub data sets
+    config     of the builder's class
+    folder     where stages keep their files
+    llms       by role: `model`, and the builder's other roles
+    templates  of the builder's name
+    say        tells the user
+    outcomes   of the stages so far, by name
+    """
+
+    data: Any
+    config: Any
+    folder: Path
+    llms: Mapping[str, LLM]
+    templates: Templates
+    say: Callable[[str], None]
+    counts: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def ask(self, stage: str, items: Sequence[Ask], role: str = "model") -> dict[str, Any]:
+        """{id: what the answer says} of the items whose answer was understood, asked all at once.
+
+        Raises `UserError` where too many were not.
+        """
+        return self._kept(stage, self._stage(stage, role).ask(items))
+
+    def choose(self, stage: str, items: Sequence[Choose], role: str = "model") -> dict[str, list[float]]:
+        """{id: log p of each option among the options}."""
+        return self._kept(stage, self._stage(stage, role).choose(items))
+
+    def _stage(self, name: str, role: str) -> Stage:
+        return Stage(name, self.folder, self.llms[role], self.config.rules)
+
+    def _kept(self, stage: str, outcome: Outcome) -> dict[str, Any]:
+        if stage in self.outcomes:
+            raise ValueError(f"two stages are called {stage!r}")
+        self.outcomes[stage] = outcome
+        return outcome.values
+
+    def read(self, count: int) -> None:
+        """Notes that so many items were read: `n_in` of the report."""
+        self.counts["in"] += count
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One entry of the registry's `BUILDERS`.
+
+    config  the class of its keys, a `BuildConfig`
+    run     does the work
+    roles   keys that name an LLM; where one is null, it is the model of -m
+    model   whether -m is needed
+    """
+
+    config: type[BuildConfig]
+    run: Callable[[Work], Built]
+    roles: tuple[str, ...] = ()
+    model: bool = True

@@ -1,0 +1,195 @@
+"""A build from its name to its file: opens models, runs the builder, checks and writes what it made.
+
+OUT.jsonl                  the records
+OUT.build/                 what they were made of and how
+  settings.json            what the build was begun with: another one must not go on with its stages
+  STAGE.jsonl, STAGE.rejects.jsonl
+  rejects.jsonl            records that no training method would take, with their reasons
+  report.json, README.md, sample.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxalign.data.files import find_files
+from jaxalign.data.formats import to_records
+from jaxalign.data.group_formats import GROUP_FORMATS, native
+from jaxalign.data.readers import hub_name
+from jaxalign.data.records import RowError, UnwantedRowError
+from jaxalign.errors import UserError
+from jaxalign.llm.base import LLM
+from jaxalign.llm.open import open_llm
+from jaxalign.registry import BUILDERS
+from jaxalign.synth.base import BuildConfig, Builder, Built, Work
+from jaxalign.synth.templates import Templates
+
+# Keys that say how fast something is worked out, not what comes out.
+SPEED = ("llm", "retries", "max_parse_fail")
+
+
+def build(
+    method: str, models: Mapping[str, str | LLM], data: Any, out: Path, config: BuildConfig
+) -> dict[str, Any]:
+    """Runs the builder `method` into the file `out`; its report. `models`: by role, names or LLMs.
+
+    Raises `UserError` for bad input, for a stage with too many failures, and where `out` was begun with
+    something else. The same call goes on with a build that was stopped.
+    """
+    builder: Builder = BUILDERS[method]
+    folder = out.with_name(out.name.removesuffix(".jsonl") + ".build")
+    templates = Templates(method, config.templates)
+    templates.check()
+    llms = _opened(builder, models, config, folder)
+    about = {
+        "method": method,
+        "data": _digests(data),
+        "models": {role: llm.identity for role, llm in llms.items()},
+        "settings": {k: v for k, v in config.model_dump(mode="json").items() if k not in SPEED},
+    }
+    _begin(folder, about)
+    work = Work(data, config, folder, llms, templates, _say)
+    built = builder.run(work)
+    rows, faults = checked(built.rows)
+    report = _report(method, work, built, rows, faults)
+    _write_rows(folder / "rejects.jsonl", [{"reason": r, "row": dict(row)} for r, row in faults])
+    for name, extra in built.beside.items():
+        _write_rows(folder / name, extra)
+    _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _write_rows(out, rows)
+    _say(f"{len(rows)} records: {out}")
+    return report
+
+
+def _opened(
+    builder: Builder, models: Mapping[str, str | LLM], config: BuildConfig, folder: Path
+) -> dict[str, LLM]:
+    """The LLMs by role; one that has two roles is opened once."""
+    if not builder.model:
+        return {}
+    if "model" not in models:
+        raise UserError("no model is named", place="-m MODEL", remedy="name what is to answer")
+    wanted = {"model": models["model"]}
+    for role in builder.roles:
+        wanted[role] = models.get(role) or getattr(config, role) or models["model"]
+    opened: dict[Any, LLM] = {}
+    for name in wanted.values():
+        if isinstance(name, str) and name not in opened:
+            opened[name] = open_llm(name, config.llm, folder / "cache.sqlite")
+    return {role: opened[name] if isinstance(name, str) else name for role, name in wanted.items()}
+
+
+def _digests(data: Any) -> dict[str, str]:
+    """What the data is: files by their hash, hub data sets by their name."""
+    found = {}
+    for name in [] if data is None else [data] if isinstance(data, str | Path) else data:
+        if hub_name(str(name)):
+            found[str(name)] = "hub"
+            continue
+        for file in find_files(Path(name).expanduser()):
+            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def _begin(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuses to go on with stages of something else."""
+    file = folder / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [
+            f"{key}: {_gap(before.get(key), about[key])}" for key in about if before.get(key) != about[key]
+        ]
+        if changed:
+            raise UserError(
+                f"it was begun with something else: {'; '.join(changed)}",
+                place=str(folder),
+                remedy="write to another file, or delete the folder to begin again",
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def _gap(before: Any, now: Any) -> str:
+    """What differs between two settings, in words."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{before!r} -> {now!r}"
+    keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in keys)
+
+
+def checked(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[tuple[str, Mapping[str, Any]]]]:
+    """Rows that training reads, and (reason, row) of the others."""
+    good, faults = [], []
+    for row in rows:
+        reason = next(_faults(row), "")
+        if reason:
+            faults.append((reason, row))
+        else:
+            good.append(row)
+    return good, faults
+
+
+def _faults(row: Mapping[str, Any]) -> Iterator[str]:
+    """Why a record cannot be used."""
+    grouped = any(known.matches(dict(row)) for known in GROUP_FORMATS)
+    try:
+        parts, _ = native(dict(row)) if grouped else to_records(dict(row), source="", place="")
+    except (RowError, UnwantedRowError) as reason:
+        yield str(reason)
+        return
+    yield from (str(part) for part in parts if isinstance(part, RowError | UnwantedRowError))
+
+
+def _report(
+    method: str, work: Work, built: Built, rows: Sequence[Any], faults: Sequence[tuple[str, Any]]
+) -> dict[str, Any]:
+    """What came of it. Nothing in it depends on how often the build was stopped."""
+    stages = {
+        name: {
+            "items": len(done.values) + sum(done.rejects.values()),
+            "understood": len(done.values),
+            "rejects": done.rejects,
+            "attempts": done.attempts,
+            "parse_failure_rate": done.parse_failure_rate,
+            "prompt_tokens": done.prompt_tokens,
+            "tokens": done.tokens,
+        }
+        for name, done in work.outcomes.items()
+    }
+    return {
+        "method": method,
+        "n_in": work.counts["in"],
+        "n_out": len(rows),
+        "dropped": dict(built.dropped),
+        "rejects": dict(Counter(reason for reason, _ in faults)),
+        "stages": stages,
+        "models": {role: {"name": llm.name, "identity": llm.identity} for role, llm in work.llms.items()},
+        "templates": dict(sorted(work.templates.used.items())),
+        "seed": work.config.seed,
+        "metrics": dict(built.metrics),
+    }
+
+
+def _write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
