@@ -18,10 +18,32 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxalign.api import chat, evaluate, export, generate, inspect_data, inspect_model, plan, pull, train
+    from jaxalign.api import (
+        build,
+        chat,
+        evaluate,
+        export,
+        generate,
+        inspect_data,
+        inspect_model,
+        plan,
+        pull,
+        train,
+    )
     from jaxalign.errors import UserError
 
-_CALLS = ("chat", "evaluate", "export", "generate", "inspect_data", "inspect_model", "plan", "pull", "train")
+_CALLS = (
+    "build",
+    "chat",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect_data",
+    "inspect_model",
+    "plan",
+    "pull",
+    "train",
+)
 
 __all__ = [
     "UserError",

@@ -156,7 +156,14 @@ EVALUATIONS = Registry(
     },
 )
 
-BUILDERS = Registry("builder", {})
+BUILDERS = Registry(
+    "builder",
+    {
+        "rlcd": "jaxalign.synth.contrast:RLCD",
+        "rlaif": "jaxalign.synth.contrast:RLAIF",
+        "cnr": "jaxalign.synth.cnr:BUILDER",
+    },
+)
 
 OPTIMIZERS = Registry(
     "optimizer",

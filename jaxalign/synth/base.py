@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import Field
 
 from jaxalign.config import Config
+from jaxalign.data.readers import read_prompts, unique_ids
+from jaxalign.data.records import Prompt
 from jaxalign.llm.base import LLM
 from jaxalign.llm.settings import LLMConfig
 from jaxalign.synth.stage import Ask, Choose, Outcome, Rules, Stage
@@ -105,18 +107,29 @@ class Work:
         """Notes that so many items were read: `n_in` of the report."""
         self.counts["in"] += count
 
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the data, as many as `limit` allows, each with an id of its own; counted as read."""
+        found, report = read_prompts(self.data, max_bad_rows=self.config.max_bad_rows)
+        for line in report.lines():
+            self.say(line)
+        found = unique_ids(found)[: self.config.limit or None]
+        self.read(len(found))
+        return found
+
 
 @dataclass(frozen=True)
 class Builder:
     """One entry of the registry's `BUILDERS`.
 
-    config  the class of its keys, a `BuildConfig`
-    run     does the work
-    roles   keys that name an LLM; where one is null, it is the model of -m
-    model   whether -m is needed
+    config     the class of its keys, a `BuildConfig`
+    run        does the work
+    roles      keys that name an LLM; where one is null, it is the model of -m
+    model      whether -m is needed
+    templates  the folder of its prompts, or "" for that of its name
     """
 
     config: type[BuildConfig]
     run: Callable[[Work], Built]
     roles: tuple[str, ...] = ()
     model: bool = True
+    templates: str = ""

@@ -45,7 +45,7 @@ def build(
     """
     builder: Builder = BUILDERS[method]
     folder = out.with_name(out.name.removesuffix(".jsonl") + ".build")
-    templates = Templates(method, config.templates)
+    templates = Templates(builder.templates or method, config.templates)
     templates.check()
     llms = _opened(builder, models, config, folder)
     about = {

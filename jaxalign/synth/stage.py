@@ -11,7 +11,6 @@ what it was asked.
 from __future__ import annotations
 
 import json
-import math
 import os
 import zlib
 from collections import Counter
@@ -100,6 +99,7 @@ class Stage:
             todo = [item for item in items if item.id not in journal.ids]
             costs = {item.id: _Cost() for item in todo}
             meter.resume(len(items) - len(todo))
+            self._check(journal, len(items))
             for attempt in range(self.rules.retries + 1):
                 todo = list(self._round(todo, attempt, costs, journal, meter))
                 if not todo:
@@ -112,6 +112,7 @@ class Stage:
         with _Journal(*self._files) as journal, Meter(len(items), self.name) as meter:
             todo = [item for item in items if item.id not in journal.ids]
             meter.resume(len(items) - len(todo))
+            self._check(journal, len(items))
             for start in range(0, len(todo), CHOSEN_AT_ONCE):
                 part = todo[start : start + CHOSEN_AT_ONCE]
                 found = choice_logprobs(self.llm, [item.question for item in part])
@@ -119,6 +120,7 @@ class Stage:
                     if isinstance(value, str):
                         journal.reject(item.id, _Cost(1), value, [])
                         meter.fail(0)
+                        self._check(journal, len(items))
                     else:
                         journal.accept(item.id, _Cost(1), value)
                         meter.add(0)
@@ -129,7 +131,6 @@ class Stage:
     ) -> Iterator[Ask]:
         """Asks all once; those to ask again."""
         requests = [self._request(item, attempt) for item in items]
-        allowed = math.floor(self.rules.max_parse_fail * meter.total)
         for index, reply in self.llm.stream(requests):
             item = items[index]
             cost = costs[item.id] = costs[item.id].after(reply)
@@ -141,21 +142,23 @@ class Stage:
             elif reply.fault or attempt == self.rules.retries:
                 journal.reject(item.id, cost, reason, [c.text for c in reply.completions])
                 meter.fail(tokens)
-                if journal.rejected > allowed:
-                    self._fail(journal, meter.total)
+                self._check(journal, meter.total)
             else:
                 meter.spend(tokens)
                 yield item
 
     def _request(self, item: Ask, attempt: int) -> Request:
         request = item.request
-        seed = zlib.crc32(f"{self.rules.seed} {attempt} {item.id}".encode())
+        seed = zlib.crc32(f"{self.rules.seed} {self.name} {attempt} {item.id}".encode())
         greedy = request.temperature == 0 and attempt > 0
         return replace(
             request, seed=seed, temperature=self.rules.retry_temperature if greedy else request.temperature
         )
 
-    def _fail(self, journal: _Journal, total: int) -> None:
+    def _check(self, journal: _Journal, total: int) -> None:
+        """Raises `UserError` once too many items have no usable answer."""
+        if journal.rejected <= self.rules.max_parse_fail * total:
+            return
         common = "; ".join(f"{n} x {reason}" for reason, n in Counter(journal.reasons).most_common(3))
         raise UserError(
             f"stage {self.name}: {journal.rejected} of {total} items have no usable answer ({common})",
@@ -168,9 +171,6 @@ class Stage:
         """Sorts the files and sums them up."""
         accepted, rejected = (_sorted(file, order) for file in self._files)
         tries = [row["attempts"] for row in rejected]
-        if len(rejected) > self.rules.max_parse_fail * len(order):
-            with _Journal(*self._files) as journal:
-                self._fail(journal, len(order))
         return Outcome(
             values={row["id"]: row["value"] for row in accepted},
             rejects=dict(Counter(row["reason"] for row in rejected).most_common()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Template:
             raise UserError(
                 f"nothing fills the slot {min(unknown)!r}", place=self.place, remedy=f"slots known: {known}"
             )
-        return _environment().from_string(part).render(values).strip()
+        return _compiled(part).render(values).strip()
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class Templates:
                 raise UserError(
                     "it replaces no template", place=str(file), remedy=f"names known: {', '.join(known)}"
                 )
+
+
+@lru_cache
+def _compiled(source: str) -> Any:
+    return _environment().from_string(source)
 
 
 def _environment() -> Any:
