@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fast tests spend their time in XLA's compiler, on arrays for which good code would not pay."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What lies under tests/parity compares with torch: it carries the marker without saying so."""
     for item in items:

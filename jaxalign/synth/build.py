@@ -170,7 +170,7 @@ def _report(
         "method": method,
         "n_in": work.counts["in"],
         "n_out": len(rows),
-        "dropped": dict(built.dropped),
+        "dropped": {reason: count for reason, count in built.dropped.items() if count},
         "rejects": dict(Counter(reason for reason, _ in faults)),
         "stages": stages,
         "models": {role: {"name": llm.name, "identity": llm.identity} for role, llm in work.llms.items()},

@@ -103,7 +103,7 @@ def _given(work: Work) -> list[_Case]:
             "no row has messages", place="answers=given", remedy="give rows that end on an answer"
         )
     work.read(len(chosen))
-    talks = [(r.id, r.messages or ()) for r in chosen]
+    talks = [(r.id, r.messages) for r in chosen if r.messages]
     return [_Case(name, turns[:-1], [turns[-1].content]) for name, turns in talks]
 
 
