@@ -29,8 +29,8 @@ from typing import Any
 
 from jaxalign.errors import UserError
 from jaxalign.evals.checkers import LABELS, RULES, check_card, names_fact, words
-from jaxalign.evals.page import p_value, percent, points
 from jaxalign.evals.report import write_report
+from jaxalign.pages.page import p_value, percent, points
 from jaxalign.stats import paired_difference, rate_interval
 
 ASSETS = Path(__file__).parent / "assets" / "quickstart"

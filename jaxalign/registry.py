@@ -162,6 +162,7 @@ BUILDERS = Registry(
         "rlcd": "jaxalign.synth.contrast:RLCD",
         "rlaif": "jaxalign.synth.contrast:RLAIF",
         "cnr": "jaxalign.synth.cnr:BUILDER",
+        "filter": "jaxalign.synth.filter:BUILDER",
     },
 )
 

@@ -25,6 +25,7 @@ ROWS = [
     {"train", "sampling"},
     {"rl"},
     {"llm"},
+    {"pages"},
     {"synth", "judges", "rewrite"},
     {"evals"},
     {"serve", "plan", "preflight", "doctor", "terminal", "quickstart", "api", "cli"},

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxalign.config import Config
+
+TEMPLATES = Path(__file__).parent / "templates"  # of the pages that evaluations write
 
 
 @dataclass(frozen=True)

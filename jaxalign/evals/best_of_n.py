@@ -22,11 +22,11 @@ from pydantic import Field
 from jaxalign import distributed
 from jaxalign.data.readers import read_prompts
 from jaxalign.data.records import Prompt
-from jaxalign.evals.base import Evaluation
+from jaxalign.evals.base import TEMPLATES, Evaluation
 from jaxalign.evals.best_of import best_of_kl, expected_best, sizes
-from jaxalign.evals.charts import Chart, Interval, Series, line_chart
-from jaxalign.evals.page import measured, write_page
 from jaxalign.evals.policies import Distance, Passes, Policy, Sampled, open_policies, sample
+from jaxalign.pages.charts import Chart, Interval, Series, line_chart
+from jaxalign.pages.page import measured, write_page
 from jaxalign.rl.rewards import Faults, Rewards, RewardsConfig, Scored, build_rewards
 from jaxalign.rl.selection import chat_turns
 from jaxalign.sampling.settings import GenerateConfig
@@ -114,9 +114,8 @@ def evaluate_best_of_n(model: str, data: Any, out: Path, config: BestOfNEvaluati
     }
     _write_lines(out, "samples.jsonl", (row for judged in (first, *runs) for row in sample_rows(judged)))
     _write_lines(out, "best.jsonl", best)
-    write_page(
-        out, "best_of_n.html", report, numbers="result.json", chart=chart(report), remarks=remarks(report)
-    )
+    page = TEMPLATES / "best_of_n.html"
+    write_page(out, page, report, numbers="result.json", chart=chart(report), remarks=remarks(report))
     return report
 
 

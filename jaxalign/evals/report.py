@@ -10,8 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jaxalign.evals.charts import Chart, Series, line_chart
-from jaxalign.evals.page import environment, write_files
+from jaxalign.evals.base import TEMPLATES
+from jaxalign.pages.charts import Chart, Series, line_chart
+from jaxalign.pages.page import environment, write_files
 
 STATUSES = {"fixed": "fixed", "broke": "broke", "failing": "still failing", "kept": "passed both"}
 _STATUS = {(False, True): "fixed", (True, False): "broke", (False, False): "failing", (True, True): "kept"}
@@ -44,7 +45,7 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page as text; `data` as in `write_report`."""
-    env = environment()
+    env = environment(TEMPLATES)
     env.filters.update(labelled=labelled)
     items = [_item(item) for item in data["items"]]
     counts = Counter(item["status"] for item in items)

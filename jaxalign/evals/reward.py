@@ -17,8 +17,8 @@ from jaxalign.config import Config
 from jaxalign.data.group_formats import GroupOptions
 from jaxalign.data.readers import read_groups
 from jaxalign.data.tokenize import Truncation, tokenize_groups
-from jaxalign.evals.base import Evaluation
-from jaxalign.evals.page import percent, write_page
+from jaxalign.evals.base import TEMPLATES, Evaluation
+from jaxalign.pages.page import percent, write_page
 from jaxalign.sharding import MeshConfig
 from jaxalign.stats import rate_interval
 from jaxalign.train.reward_model import load_reward_model
@@ -96,7 +96,7 @@ def evaluate_reward(model: str, data: Any, out: Path, config: RewardEvaluation) 
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs)
     (out / "scores.jsonl").write_text(lines, encoding="utf-8")
-    write_page(out, "reward.html", report, remarks=remarks(report))
+    write_page(out, TEMPLATES / "reward.html", report, remarks=remarks(report))
     return report
 
 

@@ -57,7 +57,8 @@ class LocalLLM:
                 yield index[at], Reply(done, len(prompts[at]))
 
     def likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood] | str]:
-        """Exact: prompt and option are encoded apart, and the option's tokens are summed."""
+        """Exact: prompt and option are encoded apart, and the option's tokens are summed. Of an option after
+        nothing at all, not even a BOS, its first token is not counted: nothing foretells it."""
         found: list[list[Likelihood] | str] = [""] * len(questions)
         groups, index = [], []
         for i, question in enumerate(questions):
@@ -94,7 +95,9 @@ class LocalLLM:
                 return "an empty option"
             if len(prompt) + len(tokens) > self.engine.max_length:
                 return f"longer than {self.engine.max_length} tokens"
-            mask = np.arange(len(prompt) + len(tokens)) >= len(prompt)
+            mask = np.arange(len(prompt) + len(tokens)) >= max(1, len(prompt))
+            if not mask.any():
+                return "one token after nothing"
             members.append(Example(name, np.array(prompt + tokens, np.int32), mask))
         return Group(name, tuple(members))
 

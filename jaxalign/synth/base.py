@@ -13,7 +13,7 @@ from pydantic import Field
 from jaxalign.config import Config
 from jaxalign.data.readers import read_prompts, unique_ids
 from jaxalign.data.records import Prompt
-from jaxalign.llm.base import LLM
+from jaxalign.llm.base import LLM, Likelihood, Question
 from jaxalign.llm.settings import LLMConfig
 from jaxalign.synth.stage import Ask, Choose, Outcome, Rules, Stage
 from jaxalign.synth.templates import Templates
@@ -36,6 +36,10 @@ class BuildConfig(Config):
     """a stage fails once this share of its items has no usable answer"""
     templates: Path | None = None
     """a folder of your own prompts, NAME.txt, in place of those of the same name"""
+    license: str = "unknown"
+    """the licence of the records, as the data set's card names it"""
+    source_name: str = ""
+    """what the data was made from, a data set's name or address, for the card"""
     llm: LLMConfig = LLMConfig()
     """how models answer"""
 
@@ -94,6 +98,13 @@ class Work:
         """{id: log p of each option among the options}."""
         return self._kept(stage, self._stage(stage, role).choose(items))
 
+    def likelihoods(
+        self, stage: str, items: Sequence[Choose], role: str = "model"
+    ) -> dict[str, list[Likelihood]]:
+        """{id: the likelihood of each option}; an option that is too long has none, nor has its item."""
+        found = self._kept(stage, self._stage(stage, role).choose(items, _spelled))
+        return {name: [Likelihood(*option) for option in options] for name, options in found.items()}
+
     def _stage(self, name: str, role: str) -> Stage:
         return Stage(name, self.folder, self.llms[role], self.config.rules)
 
@@ -117,6 +128,12 @@ class Work:
         return found
 
 
+def _spelled(llm: LLM, questions: Sequence[Question]) -> list[list[list[float]] | str]:
+    """Likelihoods as they stand in a file."""
+    found = llm.likelihoods(questions)
+    return [each if isinstance(each, str) else [[o.logp, o.tokens] for o in each] for each in found]
+
+
 @dataclass(frozen=True)
 class Builder:
     """One entry of the registry's `BUILDERS`.
@@ -125,6 +142,7 @@ class Builder:
     run        does the work
     roles      keys that name an LLM; where one is null, it is the model of -m
     model      whether -m is needed
+    asks       whether anything is asked of a model with these keys
     templates  the folder of its prompts, or "" for that of its name
     """
 
@@ -132,4 +150,5 @@ class Builder:
     run: Callable[[Work], Built]
     roles: tuple[str, ...] = ()
     model: bool = True
+    asks: Callable[[Any], bool] = lambda config: True
     templates: str = ""

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.data.files import find_files
-from jaxalign.data.formats import to_records
-from jaxalign.data.group_formats import GROUP_FORMATS, native
+from jaxalign.data.pieces import any_records
 from jaxalign.data.readers import hub_name
 from jaxalign.data.records import RowError, UnwantedRowError
 from jaxalign.errors import UserError
@@ -29,10 +28,12 @@ from jaxalign.llm.base import LLM
 from jaxalign.llm.open import open_llm
 from jaxalign.registry import BUILDERS
 from jaxalign.synth.base import BuildConfig, Builder, Built, Work
+from jaxalign.synth.card import card
+from jaxalign.synth.sample import sample_page
 from jaxalign.synth.templates import Templates
 
-# Keys that say how fast something is worked out, not what comes out.
-SPEED = ("llm", "retries", "max_parse_fail")
+# Keys that change no record: how fast something is worked out, and what the card says of it.
+ASIDE = ("llm", "retries", "max_parse_fail", "license", "source_name")
 
 
 def build(
@@ -52,7 +53,7 @@ def build(
         "method": method,
         "data": _digests(data),
         "models": {role: llm.identity for role, llm in llms.items()},
-        "settings": {k: v for k, v in config.model_dump(mode="json").items() if k not in SPEED},
+        "settings": {k: v for k, v in config.model_dump(mode="json").items() if k not in ASIDE},
     }
     _begin(folder, about)
     work = Work(data, config, folder, llms, templates, _say)
@@ -64,6 +65,8 @@ def build(
         _write_rows(folder / name, extra)
     _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _write_rows(out, rows)
+    _write(folder / "README.md", card(report, about, config, out))
+    _write(folder / "sample.html", sample_page(rows, out.name, method, config.seed))
     _say(f"{len(rows)} records: {out}")
     return report
 
@@ -72,13 +75,14 @@ def _opened(
     builder: Builder, models: Mapping[str, str | LLM], config: BuildConfig, folder: Path
 ) -> dict[str, LLM]:
     """The LLMs by role; one that has two roles is opened once."""
-    if not builder.model:
+    if not builder.asks(config):
         return {}
-    if "model" not in models:
+    given = models.get("model")
+    found = {"model": given} if builder.model else {}
+    found |= {role: models.get(role) or getattr(config, role) or given for role in builder.roles}
+    wanted = {role: name for role, name in found.items() if name is not None}
+    if len(wanted) < len(found):
         raise UserError("no model is named", place="-m MODEL", remedy="name what is to answer")
-    wanted = {"model": models["model"]}
-    for role in builder.roles:
-        wanted[role] = models.get(role) or getattr(config, role) or models["model"]
     opened: dict[Any, LLM] = {}
     for name in wanted.values():
         if isinstance(name, str) and name not in opened:
@@ -141,13 +145,14 @@ def checked(
 
 def _faults(row: Mapping[str, Any]) -> Iterator[str]:
     """Why a record cannot be used."""
-    grouped = any(known.matches(dict(row)) for known in GROUP_FORMATS)
     try:
-        parts, _ = native(dict(row)) if grouped else to_records(dict(row), source="", place="")
+        parts, _ = any_records(dict(row))
     except (RowError, UnwantedRowError) as reason:
         yield str(reason)
         return
-    yield from (str(part) for part in parts if isinstance(part, RowError | UnwantedRowError))
+    reasons = [str(part) for part in parts if isinstance(part, RowError | UnwantedRowError)]
+    if len(reasons) == len(parts):  # of many records in a row, some may be of no use
+        yield from reasons
 
 
 def _report(

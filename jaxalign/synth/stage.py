@@ -26,6 +26,8 @@ from jaxalign.progress import Meter
 # What a parser makes of the completions of a reply: a JSON value, or None and the reason why there is none.
 Parsed = tuple[Any, str]
 Parse = Callable[[tuple[Completion, ...]], Parsed]
+# What a model says of each of these questions: a JSON value, or why it can say nothing.
+Tell = Callable[[LLM, Sequence[Question]], Sequence[Any]]
 CHOSEN_AT_ONCE = 256  # questions between two writes
 
 
@@ -106,8 +108,8 @@ class Stage:
                     break
         return self._outcome(order)
 
-    def choose(self, items: Sequence[Choose]) -> Outcome:
-        """{id: log p of each option among the options}. Raises as `ask` does."""
+    def choose(self, items: Sequence[Choose], tell: Tell = choice_logprobs) -> Outcome:
+        """{id: what `tell` says of its question}, or log p of each option among them. Raises as `ask`."""
         order = _order(items)
         with _Journal(*self._files) as journal, Meter(len(items), self.name) as meter:
             todo = [item for item in items if item.id not in journal.ids]
@@ -115,7 +117,7 @@ class Stage:
             self._check(journal, len(items))
             for start in range(0, len(todo), CHOSEN_AT_ONCE):
                 part = todo[start : start + CHOSEN_AT_ONCE]
-                found = choice_logprobs(self.llm, [item.question for item in part])
+                found = tell(self.llm, [item.question for item in part])
                 for item, value in zip(part, found, strict=True):
                     if isinstance(value, str):
                         journal.reject(item.id, _Cost(1), value, [])

@@ -25,7 +25,7 @@ from jaxalign.evals.best_of_n import lines
 from jaxalign.models.source import resolve
 from jaxalign.sampling import generate
 from jaxalign.sampling.engine import Sample
-from tests.evals.test_report import Page
+from tests.pages.markup import Page
 from tests.train.tiny import write_model
 
 # ------------------------------------------------------------------------------------- the estimator

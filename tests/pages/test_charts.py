@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from jaxalign.evals.charts import Series, line_chart, short, ticks
+from jaxalign.pages.charts import Series, line_chart, short, ticks
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TEMPLATES = Path(__file__).parent / "templates"
+PARTS = Path(__file__).parent / "templates"  # what pages have in common: parts.html, page.css
 
 
 def write_page(
-    folder: Path, template: str, data: Mapping[str, Any], *, numbers: str = "report.json", **more: Any
+    folder: Path, template: Path, data: Mapping[str, Any], *, numbers: str = "report.json", **more: Any
 ) -> Path:
-    """`write_files` of `data` and the page that `template` makes of it and of `more`."""
-    page = environment().get_template(template).render({**data, **more})
+    """`write_files` of `data` and the page that the file `template` makes of it and of `more`."""
+    page = environment(template.parent).get_template(template.name).render({**data, **more})
     return write_files(folder, data, page, numbers)
 
 
@@ -30,12 +30,13 @@ def write_files(folder: Path, data: Mapping[str, Any], page: str, numbers: str =
     return folder / "report.html"
 
 
-def environment() -> Any:
-    """The jinja2 environment of all pages; a name that is missing is an error."""
+def environment(templates: Path) -> Any:
+    """The jinja2 environment of the pages whose templates lie in that folder; a name that is missing is an
+    error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([templates, PARTS]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,1 @@
+"""Filters of rows: each says which rows it leaves out, and why."""
