@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxalign.data.records import RowError
+from jaxalign.data.records import Mended, RowError
 from jaxalign.errors import UserError, nearest
 
 Rows = Iterator[tuple[str, Any]]
 
+CUT_OFF = "the file ends before the closing ] of its array"
 LIST_KEYS = ("data", "rows", "instances", "examples", "train")  # where an object keeps its list of rows
 
 
@@ -66,7 +67,9 @@ def read_json(path: Path) -> Rows:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error.reason} at byte {error.start})", place=str(path)) from error
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        cause = f"not UTF-8 ({error.reason} at byte {error.start})"
+        raise UserError(cause, place=f"{path}:{line}", remedy="save the file as UTF-8") from error
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] == "[":
         yield from array_rows(text, start + 1, path)
@@ -97,15 +100,17 @@ def list_in(found: Any, path: Path) -> list[Any]:
 def array_rows(text: str, at: int, path: Path) -> Rows:
     """The elements of a JSON array whose `[` lies before `at`, each with the line it starts on.
 
-    Decoded one by one: what precedes a broken element is kept, and a missing `]` costs nothing but a bad row.
+    Decoded one by one: what precedes a broken element is kept. A missing `]` after a whole element is mended;
+    after a comma it is a bad row, since an element is missing with it.
     """
-    decode, line, counted = json.JSONDecoder().raw_decode, 1, 0
+    decode, line, counted, last = json.JSONDecoder().raw_decode, 1, 0, -1
     while True:
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
         line, counted = line + text.count("\n", counted, at), at
         if at >= len(text):
-            yield f"{path}:{line}", RowError("the file ends before the closing ] of its array")
+            whole = last >= 0 and "," not in text[last:]
+            yield f"{path}:{line}", Mended("no closing ] of the array") if whole else RowError(CUT_OFF)
             return
         if text[at] == "]":
             return
@@ -114,6 +119,7 @@ def array_rows(text: str, at: int, path: Path) -> Rows:
         except json.JSONDecodeError as error:
             cause = f"not JSON ({error.msg}); what follows in the array cannot be read"
             raise UserError(cause, place=f"{path}:{error.lineno}", remedy="mend the file there") from error
+        last = at
         yield f"{path}:{line}", row
 
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +19,12 @@ from jaxalign.data.records import (
     as_text,
     chat_record,
     completion_record,
+    is_turns,
+    structured,
     text_record,
 )
-from jaxalign.data.sources import oasst
+from jaxalign.data.sources import beavertails, harmfulqa, hh, oasst
+from jaxalign.data.sources.hh import transcript_turns
 
 Row = dict[str, Any]
 
@@ -32,28 +33,16 @@ LABELS = ("label", "kto_tag", "is_safe")  # what published rows call a label, tr
 
 @dataclass(frozen=True)
 class Format:
-    """One row format: its name, its keys in words, a test on the row, and the conversion."""
+    """One row format: its name, its keys in words, a test on the row, and the conversion.
+
+    mixed  its rows hold records of several kinds; those that do not make what is asked for are left out
+    """
 
     name: str
     keys: str
     matches: Callable[[Row], bool]
     convert: Callable[..., Any]  # (row, **fields) -> record, or a list; raises RowError, UnwantedRowError
-
-
-def structured(value: Any) -> Any:
-    """A value that a table stored as a JSON string, decoded; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
-
-
-def is_turns(value: Any) -> bool:
-    """Whether the value is a list of messages (as opposed to plain text)."""
-    value = structured(value)
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+    mixed: bool = False
 
 
 def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -174,21 +163,11 @@ def answer_turns(value: Any) -> tuple[Message, ...]:
     return (Message("assistant", value),) if isinstance(value, str) else as_messages(value)
 
 
-def transcript_turns(transcript: str, name: str = "chosen") -> tuple[Message, ...]:
-    """The turns of a transcript in HH-RLHF form: they begin with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
-    parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    if len(parts) < 3 or parts[0].strip():
-        raise RowError(f"{name} has no prompt and is not a Human/Assistant transcript")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    turns = tuple(Message(roles[name], text.strip()) for name, text in pairs)
-    if turns[-1].role != "assistant":
-        raise RowError("the transcript ends on the human's turn")
-    return turns
-
-
 FORMATS: tuple[Format, ...] = (
     Format("tree", "message_tree_id + prompt with replies", oasst.is_tree, oasst.sft_from_tree),
+    Format("pku", beavertails.PAIR_KEYS, beavertails.is_pair, beavertails.sft_from_pair),
+    Format("harmfulqa", harmfulqa.KEYS, harmfulqa.is_conversations, harmfulqa.sft_from_conversations),
+    Format("red team", hh.ATTACK_KEYS, hh.is_attack, hh.sft_from_attack),
     Format(
         "preference",
         "conversations|messages|prompt + chosen",

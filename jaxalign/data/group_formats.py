@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxalign.data.convert import best_to_sft, pair_to_binary, scored_to_binary, scored_to_pairs
-from jaxalign.data.formats import LABELS, Format, Row, find_format, is_turns, split_answers, structured
+from jaxalign.data.formats import FORMATS, LABELS, Format, Row, find_format, split_answers
 from jaxalign.data.preferences import (
     BinaryRecord,
     GroupRecord,
@@ -22,8 +22,18 @@ from jaxalign.data.preferences import (
     pair_record,
     scored_record,
 )
-from jaxalign.data.records import Message, RowError, UnwantedRowError, as_text
-from jaxalign.data.sources import oasst, seed_safety, sparse_feedback
+from jaxalign.data.records import RowError, UnwantedRowError, structured
+from jaxalign.data.sources import (
+    beavertails,
+    fake_alignment,
+    flames,
+    harmfulqa,
+    hh,
+    oasst,
+    seed_safety,
+    sparse_feedback,
+    ultrafeedback,
+)
 
 Part = GroupRecord | RowError | UnwantedRowError
 
@@ -75,57 +85,8 @@ def from_scored(row: Row, **fields: Any) -> ScoredRecord:
     return scored_record(prompt, found, structured(row["scores"]), **fields)
 
 
-def from_ultrafeedback(row: Row, **fields: Any) -> ScoredRecord:
-    """UltraFeedback: `instruction` and `completions` with `response` and judged aspects. An answer's score is
-    the mean of its ratings ("N/A" left out), else `overall_score`; `meta` has the ratings as `aspects`."""
-    given = structured(row["completions"])
-    answers = tuple((Message("assistant", as_text(c.get("response"), "response")),) for c in given)
-    rated = [_ratings(c) for c in given]
-    scores = [
-        sum(r.values()) / len(r) if r else c.get("overall_score") for c, r in zip(given, rated, strict=True)
-    ]
-    names = sorted({name for ratings in rated for name in ratings})
-    meta = fields.pop("meta") | {"aspects": {n: [r.get(n) for r in rated] for n in names}}
-    prompt = (Message("user", as_text(row["instruction"], "instruction")),)
-    return scored_record(prompt, answers, scores, meta=meta, **fields)
-
-
-def _ratings(completion: dict[str, Any]) -> dict[str, float]:
-    """{aspect: rating} of one judged answer."""
-    found = completion.get("annotations") or {}
-    ratings = {name: aspect.get("Rating") for name, aspect in found.items() if isinstance(aspect, dict)}
-    return {n: as_number(r, f"the {n} rating") for n, r in ratings.items() if r not in (None, "N/A")}
-
-
-def from_pku(row: Row, **fields: Any) -> list[Part]:
-    """PKU safety preferences: one pair for `better_response_id` (aspect helpful), one for `safer_response_id`
-    (aspect harmless)."""
-    out: list[Part] = []
-    meta, own = fields.pop("meta"), row.get("id")
-    for aspect, key in (("helpful", "better_response_id"), ("harmless", "safer_response_id")):
-        best = row[key]
-        if isinstance(best, bool) or best not in (0, 1):
-            out.append(RowError(f"{key} is neither 0 nor 1"))
-            continue
-        names = {"chosen": f"response_{best}", "rejected": f"response_{1 - best}"}
-        answers = [(Message("assistant", as_text(row[n], n)),) for n in names.values()]
-        safe = {role: row.get(f"is_{n}_safe") for role, n in names.items()}
-        about = meta | {"aspect": aspect, "safe": safe} | ({} if own is None else {"id": f"{own}:{aspect}"})
-        prompt = (Message("user", as_text(row["prompt"], "prompt")),)
-        try:
-            out.append(pair_record(prompt, answers[0], answers[1], meta=about, **fields))
-        except RowError as reason:
-            out.append(reason)
-    return out
-
-
 def _has_answers(row: Row) -> bool:
     return "completions" in row or "responses" in row
-
-
-def _is_ultrafeedback(row: Row) -> bool:
-    given = structured(row.get("completions"))
-    return "instruction" in row and is_turns(given) and all("response" in c for c in given)
 
 
 GROUP_FORMATS: tuple[Format, ...] = (
@@ -138,21 +99,19 @@ GROUP_FORMATS: tuple[Format, ...] = (
         sparse_feedback.from_ranking,
     ),
     Format("sentences", "{prompt: {sentences}}", sparse_feedback.is_ranked, sparse_feedback.from_ranked),
-    Format(
-        "pku",
-        "prompt + response_0 + response_1 + better_response_id + safer_response_id",
-        lambda row: {"response_0", "response_1", "better_response_id", "safer_response_id"} <= row.keys(),
-        from_pku,
-    ),
+    Format("pku", beavertails.PAIR_KEYS, beavertails.is_pair, beavertails.from_pair),
+    Format("beavertails", beavertails.ANSWER_KEYS, beavertails.is_answer, beavertails.from_answer),
+    Format("flames", flames.ANSWER_KEYS, flames.is_answer, flames.from_answer),
+    Format("fake alignment", fake_alignment.KEYS, fake_alignment.matches, fake_alignment.from_row),
+    Format("harmfulqa", harmfulqa.KEYS, harmfulqa.is_conversations, harmfulqa.from_conversations, mixed=True),
+    Format("red team", hh.ATTACK_KEYS, hh.is_attack, hh.from_attack),
     Format(
         "preference",
         "conversations|messages|prompt + chosen + rejected",
         lambda row: "chosen" in row and "rejected" in row,
         from_pair,
     ),
-    Format(
-        "ultrafeedback", "instruction + completions: [{response, ...}]", _is_ultrafeedback, from_ultrafeedback
-    ),
+    Format("ultrafeedback", ultrafeedback.KEYS, ultrafeedback.matches, ultrafeedback.from_row),
     Format(
         "scored",
         "prompt|messages + completions|responses + scores",
@@ -221,7 +180,10 @@ CONVERSIONS: dict[str, dict[type, Conversion]] = {
 NATIVE = {PreferenceRecord: "a pair", BinaryRecord: "an answer with a label", ScoredRecord: "a scored list"}
 
 
-IMITATED = frozenset({"tree", "preference", "labelled"})  # `formats` reads these for SFT itself
+# `formats` reads these for SFT itself.
+IMITATED = frozenset(f.name for f in FORMATS) | {"labelled"}
+
+MIXED = frozenset(f.name for f in GROUP_FORMATS if f.mixed)
 
 KNOWN = "; ".join(f"{f.name}: {f.keys}" for f in GROUP_FORMATS)
 
@@ -231,7 +193,7 @@ def to_groups(
 ) -> tuple[list[Part], str]:
     """(records of `kind` with the faults among them, format name) of one row. Raises `RowError`."""
     made, name = native(row, source=source, place=place)
-    return [result for part in made for result in _converted(part, kind, options)], name
+    return [result for part in made for result in _converted(part, kind, options, name in MIXED)], name
 
 
 def native(row: Any, *, source: str = "", place: str = "") -> tuple[list[Part], str]:
@@ -249,11 +211,23 @@ def to_best(row: Any, *, source: str = "", place: str = "") -> tuple[list[Any], 
     if found is None or found.name in IMITATED:
         return None
     made, name = native(row, source=source, place=place)
-    return [p if isinstance(p, RowError | UnwantedRowError) else best_to_sft(p) for p in made], name
+    return [_best(part) for part in made], name
 
 
-def _converted(part: Part, kind: str, options: GroupOptions) -> Sequence[Part]:
-    """One record of a row as records of `kind`, or the reason why it is none."""
+def _best(part: Part) -> Any:
+    """The record to imitate of one part of a row, or the reason why there is none."""
+    if isinstance(part, RowError | UnwantedRowError):
+        return part
+    if isinstance(part, BinaryRecord) and not part.label:
+        return UnwantedRowError("an unwanted answer is not learned")
+    try:
+        return best_to_sft(part)
+    except RowError as reason:
+        return reason
+
+
+def _converted(part: Part, kind: str, options: GroupOptions, mixed: bool) -> Sequence[Part]:
+    """One record of a row as records of `kind`, or the reason why it is none, no fault if `mixed`."""
     if isinstance(part, RowError | UnwantedRowError):
         return [part]
     for key, wanted in options.select.items():
@@ -261,7 +235,8 @@ def _converted(part: Part, kind: str, options: GroupOptions) -> Sequence[Part]:
             return [UnwantedRowError(f"{key} is {part.meta.get(key)}, not {wanted}")]
     conversion = CONVERSIONS[kind].get(type(part))
     if conversion is None:
-        return [RowError(f"{NATIVE[type(part)]} does not make {kind}")]
+        reason = f"{NATIVE[type(part)]} does not make {kind}"
+        return [UnwantedRowError(reason) if mixed else RowError(reason)]
     try:
         return conversion(part, options)
     except RowError as reason:

@@ -19,6 +19,16 @@ Turns = tuple[Message, ...]
 Text = Turns | str  # turns go through the chat template, a string stands as it is
 
 
+EACH = ("aspects", "models")  # keys of a list's `meta` whose values stand in the order of its answers
+
+
+def _reordered(value: Any, order: Sequence[int], length: int) -> Any:
+    """A list of `length` in another order, or each such list of an object."""
+    if isinstance(value, dict):
+        return {name: _reordered(found, order, length) for name, found in value.items()}
+    return [value[i] for i in order] if isinstance(value, list) and len(value) == length else value
+
+
 @dataclass(frozen=True)
 class PreferenceRecord:
     """Two answers to one prompt, of which `chosen` is preferred.
@@ -106,7 +116,9 @@ class ScoredRecord:
         """The record with its `best` so many answers that have a score; None: with all of them."""
         kept = self.ranked[:best]
         completions = tuple(self.completions[i] for _, i in kept)
-        return replace(self, completions=completions, scores=tuple(score for score, _ in kept))
+        order, length = [i for _, i in kept], len(self.completions)
+        meta = {k: _reordered(v, order, length) if k in EACH else v for k, v in self.meta.items()}
+        return replace(self, completions=completions, scores=tuple(score for score, _ in kept), meta=meta)
 
     @property
     def answers(self) -> tuple[Text, ...]:

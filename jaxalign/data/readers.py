@@ -8,24 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxalign.data import group_formats
+from jaxalign.data import group_formats, prompt_formats
 from jaxalign.data.convert import check_policy
 from jaxalign.data.files import READERS, Rows, find_files, read_file, suffix_of
-from jaxalign.data.formats import KNOWN, is_turns, structured, to_records, with_system
+from jaxalign.data.formats import KNOWN, to_records
 from jaxalign.data.group_formats import CONVERSIONS, GROUP_FORMATS, GroupOptions, native, to_best, to_groups
 from jaxalign.data.preferences import BinaryRecord, GroupRecord, PreferenceRecord, ScoredRecord
-from jaxalign.data.records import (
-    Message,
-    Prompt,
-    RowError,
-    SFTRecord,
-    UnwantedRowError,
-    as_messages,
-    as_text,
-    check_roles,
-    content_id,
-)
-from jaxalign.data.sources import oasst, sparse_feedback
+from jaxalign.data.prompt_formats import to_prompts
+from jaxalign.data.records import Mended, Prompt, RowError, SFTRecord, UnwantedRowError
+from jaxalign.data.sources import fft, harmfulqa, oasst, sparse_feedback
 from jaxalign.errors import UserError, nearest
 
 PLACES_KEPT = 3  # examples of each reason that a report remembers
@@ -42,6 +33,7 @@ class LoadReport:
     rejects, skipped  {reason: (count, first places)}: rows at fault; sound rows that this use leaves out
     formats           {format name: records}
     contradictions    pairs that another pair turns round
+    mended            {what was mended in a file: (count, first places)}
     """
 
     rows: int = 0
@@ -50,6 +42,7 @@ class LoadReport:
     skipped: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
     contradictions: int = 0
+    mended: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
     @property
     def rejected(self) -> int:
@@ -60,7 +53,8 @@ class LoadReport:
         """The report in plain lines."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.formats.items())
         out = [f"{self.rows} rows read, {self.records} records ({kinds or 'none'})"]
-        for title, reasons in (("rejected", self.rejects), ("skipped", self.skipped)):
+        counted = (("rejected", self.rejects), ("skipped", self.skipped), ("mended", self.mended))
+        for title, reasons in counted:
             for reason, (count, places) in sorted(reasons.items(), key=lambda item: -item[1][0]):
                 more = ", ..." if count > len(places) else ""
                 out.append(f"{title} {count}: {reason} ({', '.join(places)}{more})")
@@ -123,7 +117,8 @@ Item = TypeVar("Item", bound=Any)
 # (row, place, source) -> (records with the faults among them, format name); raises RowError, UnwantedRowError
 Convert = Callable[[Any, str, str], tuple[list[Any], str]]
 
-JOINS = (oasst.joined, sparse_feedback.joined)  # formats whose records span several rows of a file
+# Formats whose records span several rows of a file, or whose rows are not yet what a record is made of.
+JOINS = (fft.joined, harmfulqa.joined, oasst.joined, sparse_feedback.joined)
 
 
 def load(
@@ -142,6 +137,9 @@ def load(
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     report, records, rows = LoadReport(), [], 0
     for place, row, source in _rows_of(names):
+        if isinstance(row, Mended):
+            tally(report.mended, row.what, place)
+            continue
         rows += 1
         records += _converted(row, place, source, convert, report)
         if limit is not None and len(records) >= limit:
@@ -277,71 +275,6 @@ def unique_ids(rows: list[Item]) -> list[Item]:
     return out
 
 
-def to_prompt(row: Any, place: str) -> Prompt:
-    """One row as a prompt. Raises `RowError`.
-
-    `messages` and `conversations` (and a `prompt` that is a list of turns) go through the chat template; if
-    they end on an assistant turn, that turn is the answer to give and is cut. `instruction` is one user turn.
-    `prompt` and `text` strings are continued as they stand.
-    """
-    if not isinstance(row, dict):
-        raise RowError("the row is not an object")
-    turns = next(
-        (row[key] for key in ("messages", "conversations", "prompt") if is_turns(row.get(key))), None
-    )
-    messages, text = None, None
-    if turns is not None:
-        messages = with_system(row, as_messages(structured(turns)))
-        while messages and messages[-1].role == "assistant":
-            messages = messages[:-1]
-        messages = check_roles(messages)
-    elif "prompt" in row or "text" in row:
-        text = as_text(row.get("prompt", row.get("text")), "prompt")
-    elif "instruction" in row:
-        extra = as_text(row.get("input"), "input")
-        question = as_text(row["instruction"], "instruction")
-        messages = check_roles((Message("user", f"{question}\n{extra}" if extra.strip() else question),))
-    else:
-        raise RowError(f"unknown columns ({', '.join(map(str, list(row)[:6]))})")
-    if text is not None and not text.strip():
-        raise RowError("empty prompt")
-    own = row.get("id")
-    content = [[m.role, m.content] for m in messages or ()]
-    name = content_id(content, text) if own is None or not str(own).strip() else str(own)
-    return Prompt(name, messages, text, row, place)
-
-
-PROMPT_KEYS = ("messages", "conversations", "prompt", "text", "instruction")
-
-
-def to_prompts(row: Any, place: str, source: str) -> tuple[list[Prompt], str]:
-    """The prompt of one row, or all those of a tree. Raises `RowError`, `UnwantedRowError`."""
-    if isinstance(row, dict) and oasst.is_tree(row):
-        about = {key: value for key, value in row.items() if key not in ("prompt", "replies")}
-        return [
-            Prompt(name, turns, None, about, place) for name, turns in oasst.prompts_from_tree(row)
-        ], "tree"
-    if isinstance(row, dict) and not any(key in row for key in PROMPT_KEYS):
-        known = next((f for f in GROUP_FORMATS if f.matches(row)), None)
-        if known is not None:  # the prompt of a transcript, say, stands before both of its answers
-            return _prompts_of(native(row, source=source, place=place)[0], row, place), known.name
-    return [to_prompt(row, place)], "prompts"
-
-
-def _prompts_of(parts: Sequence[Any], row: dict[str, Any], place: str) -> list[Any]:
-    """The prompts of records, each once, with the faults among the records."""
-    found: dict[Any, Any] = {}
-    for part in parts:
-        if isinstance(part, RowError | UnwantedRowError):
-            found[len(found)] = part
-        elif isinstance(part.prompt, str):
-            found[part.prompt] = Prompt(content_id(part.prompt), None, part.prompt, row, place)
-        else:
-            name = content_id([[m.role, m.content] for m in part.prompt])
-            found[part.prompt] = Prompt(name, part.prompt, None, row, place)
-    return list(found.values())
-
-
 def read_prompts(source: str | Path, *, max_bad_rows: float = 0.1) -> tuple[list[Prompt], LoadReport]:
     """Prompts to answer, and the report. Raises `UserError` as `load` does."""
-    return load(source, to_prompts, max_bad_rows=max_bad_rows)
+    return load(source, to_prompts, max_bad_rows=max_bad_rows, known=prompt_formats.KNOWN)

@@ -32,6 +32,13 @@ class UnwantedRowError(ValueError):
 
 
 @dataclass(frozen=True)
+class Mended:
+    """In place of a row: what a reader mended in the file, for the report."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn: `role` is one of `ROLES`, `content` its text."""
 
@@ -103,6 +110,40 @@ def as_message(raw: Any) -> Message:
     if raw.get("tool_calls"):
         raise RowError("tool calls are not supported")
     return Message(role, as_text(raw.get("content", raw.get("value")), f"{role} message"))
+
+
+def structured(value: Any) -> Any:
+    """A value that a table stored as a JSON string, decoded; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def is_turns(value: Any) -> bool:
+    """Whether the value is a list of messages (as opposed to plain text)."""
+    value = structured(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def other_keys(row: dict[str, Any], *used: str) -> dict[str, Any]:
+    """What a row says besides the keys that its record is made of, for the record's `meta`."""
+    return {k: v for k, v in row.items() if k not in (*used, "id", "meta") and v is not None}
+
+
+def said(row: dict[str, Any], key: str) -> Message:
+    """The text under `key` as the user's turn. Raises `RowError` where there is none."""
+    text = as_text(row.get(key), key)
+    if not text.strip():
+        raise RowError(f"no {key}")
+    return Message("user", text)
+
+
+def replied(row: dict[str, Any], key: str) -> tuple[Message, ...]:
+    """The text under `key` as the assistant's turn. Raises `RowError` where there is none."""
+    return (Message("assistant", said(row, key).content),)
 
 
 def as_text(raw: Any, what: str) -> str:

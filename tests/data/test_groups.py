@@ -230,7 +230,8 @@ def test_every_form_of_a_list(name, tmp_path):
 
 def test_ultrafeedback_rows_keep_their_aspects(tmp_path):
     (record,), _ = read_groups(write_jsonl(tmp_path / "a.jsonl", [SCORED["ultrafeedback"]]), "lists")
-    assert record.meta["aspects"] == {"helpfulness": [None, 4.0], "truthfulness": [None, 3.0]}
+    assert record.answers == (HI, NO)  # the best first, and its ratings with it
+    assert record.meta["aspects"] == {"helpfulness": [4.0, None], "truthfulness": [3.0, None]}
 
 
 @pytest.mark.parametrize(

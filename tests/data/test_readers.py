@@ -372,13 +372,13 @@ def test_prompts(tmp_path):
 def test_bad_prompts(tmp_path):
     rows = [{"prompt": "a"}] * 3 + [
         {"prompt": ""},
-        {"question": "b"},
+        {"answer": "b"},
         {"messages": [{"role": "system", "content": "a"}]},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     prompts, report = read_prompts(path, max_bad_rows=0.5)
     assert len(prompts) == 3
-    assert set(report.rejects) == {"empty prompt", "unknown columns (question)", "no user turn"}
+    assert set(report.rejects) == {"empty prompt", "unknown columns (answer)", "no user turn"}
     with pytest.raises(UserError, match="3 of 6 rows"):
         read_prompts(path)
 

@@ -119,6 +119,12 @@ def test_published_trees():
     assert len(read_prompts(path)[0]) == 475
     nodes = [p[-1] for line in path.read_text().splitlines() for p in oasst.paths(json.loads(line))]
     assert (len(nodes), sum(n["role"] == "prompter" for n in nodes)) == (1167, 480)
+    ranked = [n["role"] for n in nodes if n.get("rank") is not None]
+    assert (len(ranked), set(ranked)) == (641, {"assistant"})
+    told = Counter(what for n in nodes for what in ("synthetic", "deleted") if n.get(what))
+    assert told == {"synthetic": 22}
+    leaves = {n["message_id"] for n in nodes if not n["replies"]}
+    assert Counter(r.id in leaves for r in threads) == {True: 383, False: 155}
 
 
 def test_published_trees_flattened(tmp_path):
@@ -177,6 +183,7 @@ def test_published_ratings_and_rankings():
     ratings, report = read_groups(paths[2], "lists", max_bad_rows=0.5)
     assert {r: n for r, (n, _) in report.skipped.items()} == {"a repeated row": 2}
     rejected = sum(n for n, _ in report.rejects.values())
+    assert sum(len(r.completions) for r in ratings) == 97
     assert (len(ratings) + rejected, report.rows) == (report.rows - 2, report.rows)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxalign.data.group_formats import GroupOptions
-from jaxalign.data.readers import read_groups, to_prompt
+from jaxalign.data.prompt_formats import to_prompt
+from jaxalign.data.readers import read_groups
 from jaxalign.rl import selection as s
 
 VECTORS = Path(__file__).parents[3] / "shared" / "specs" / "loss_vectors.json"
