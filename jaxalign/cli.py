@@ -255,6 +255,8 @@ def evaluate(
 
     best_of_n: the reward of the best of N answers over their KL, beside tuned runs.
 
+    redteam: how often attacks succeed, by category, with and without defences.
+
     `jaxalign evaluate METHOD --help` lists the keys of a method.
     """
     method, files, overrides = _sort(args, config)

@@ -153,6 +153,7 @@ EVALUATIONS = Registry(
     {
         "reward": "jaxalign.evals.reward:EVALUATION",
         "best_of_n": "jaxalign.evals.best_of_n:EVALUATION",
+        "redteam": "jaxalign.evals.redteam:EVALUATION",
     },
 )
 
@@ -163,6 +164,37 @@ BUILDERS = Registry(
         "rlaif": "jaxalign.synth.contrast:RLAIF",
         "cnr": "jaxalign.synth.cnr:BUILDER",
         "filter": "jaxalign.synth.filter:BUILDER",
+        "safety": "jaxalign.synth.safety:BUILDER",
+        "safe_align": "jaxalign.synth.safe_align:BUILDER",
+    },
+)
+
+# Of `jaxalign evaluate redteam`: functions from a `jaxalign.synth.redteam.base.Setup` to an attack.
+ATTACKS = Registry(
+    "attack",
+    {
+        "identity": "jaxalign.synth.redteam.attacks:wrapped",
+        "role_wrap": "jaxalign.synth.redteam.attacks:wrapped",
+        "few_shot_context": "jaxalign.synth.redteam.attacks:few_shot_context",
+        "prefix_seed": "jaxalign.synth.redteam.attacks:wrapped",
+        "suffix": "jaxalign.synth.redteam.attacks:wrapped",
+        "cou_dialogue": "jaxalign.synth.redteam.attacks:wrapped",
+        "goal_hijack": "jaxalign.synth.redteam.attacks:with_canary",
+        "prompt_leak": "jaxalign.synth.redteam.attacks:with_canary",
+        "decode_sweep": "jaxalign.synth.redteam.attacks:decode_sweep",
+        "translate": "jaxalign.synth.redteam.attacks:translate",
+        "encode": "jaxalign.synth.redteam.attacks:encode",
+        "multi_turn_split": "jaxalign.synth.redteam.attacks:multi_turn_split",
+        "search": "jaxalign.synth.redteam.search:search",
+    },
+)
+
+DEFENCES = Registry(
+    "defence",
+    {
+        "system": "jaxalign.synth.redteam.defences:system",
+        "in_context": "jaxalign.synth.redteam.defences:in_context",
+        "rewrite": "jaxalign.synth.redteam.defences:rewrite",
     },
 )
 

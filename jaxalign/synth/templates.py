@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Templates:
             raise UserError(
                 "no such folder", place=f"templates: {self.own}", remedy="name a folder of .txt files"
             )
-        known = sorted(file.name for file in (SHIPPED / self.system).glob("*.txt"))
+        known = [f"{name}.txt" for name in shipped_names(self.system)]
         for file in sorted(self.own.glob("*.txt")):
             if file.name not in known:
                 raise UserError(
@@ -118,6 +118,12 @@ def _compiled(source: str) -> Any:
     return _environment().from_string(source)
 
 
+def shipped_names(system: str) -> list[str]:
+    """The names of a system's templates."""
+    return sorted(file.stem for file in (SHIPPED / system).glob("*.txt"))
+
+
+@cache
 def _environment() -> Any:
     from jinja2 import Environment, StrictUndefined
 
