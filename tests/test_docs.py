@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from jaxalign import api, cli
 from jaxalign.config import load_config
-from jaxalign.registry import EVALUATIONS
+from jaxalign.registry import BUILDERS, EVALUATIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,16 +85,18 @@ def calls(monkeypatch, tmp_path) -> list[str]:
                 about = ("model", "data", "out", "config", "overrides")
                 keys = {k: v for k, v in kwargs.items() if k not in about}
                 load_config(settings(), kwargs.get("config", ()), kwargs.get("overrides", ()), keys)
-            if name == "evaluate":
-                load_config(EVALUATIONS[args[0]].config, kwargs["config"], kwargs["overrides"])
+            for verb, table in (("evaluate", EVALUATIONS), ("build", BUILDERS)):
+                if name == verb:
+                    load_config(table[args[0]].config, kwargs["config"], kwargs["overrides"])
             reached.append(name)
-            return {} if name in ("inspect_model", "evaluate") else Nothing()
+            empty = {"n_in": 0, "n_out": 0, "dropped": {}, "rejects": {}}
+            return empty if name in ("inspect_model", "evaluate", "build") else Nothing()
 
         return call
 
     silent = {name: replace(EVALUATIONS[name], lines=lambda report: []) for name in EVALUATIONS}
     monkeypatch.setattr(cli, "EVALUATIONS", silent)
-    names = "start plan_of generate chat evaluate export pull inspect_data inspect_model"
+    names = "start plan_of generate chat evaluate build export pull inspect_data inspect_model"
     for name in names.split():
         monkeypatch.setattr(api, name, stand_in(name))
     monkeypatch.setattr("jaxalign.quickstart.quickstart", stand_in("quickstart"))
