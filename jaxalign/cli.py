@@ -231,7 +231,8 @@ def build(
         raise UserError("no builder is named", remedy=f"name one of: {', '.join(BUILDERS)}")
     from jaxalign import api
 
-    needed = _needed(data=("-d", data), out=("-o", out))
+    asked = {"data": ("-d", data)} if BUILDERS[method].data else {}
+    needed: dict[str, Any] = {"data": data, **_needed(**asked, out=("-o", out))}
     report = api.build(method, model, config=files, overrides=overrides, **needed)
     left_out = report["dropped"] | report["rejects"]
     for reason, count in left_out.items():

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "jaxalign"
 
 # A row never imports a row to its right; parts of one row do not import each other.
 ROWS = [
-    {"errors", "extras", "types", "registry", "yaml_layers", "config", "progress", "stats"},
+    {"errors", "extras", "types", "registry", "yaml_layers", "config", "progress", "stats", "text_stats"},
     {"sharding", "distributed", "models", "data", "objectives"},
     {"train", "sampling"},
     {"rl"},

@@ -9,7 +9,7 @@ from typing import Any
 from jaxalign.data.formats import to_records
 from jaxalign.data.group_formats import GROUP_FORMATS, native
 from jaxalign.data.preferences import BinaryRecord, PreferenceRecord, ScoredRecord, Text
-from jaxalign.data.records import SFTRecord
+from jaxalign.data.records import Prompt, SFTRecord
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,13 @@ def _scored(record: ScoredRecord) -> Exchange:
     return Exchange(record.prompt, tuple(answers))
 
 
+def _asked(record: Prompt) -> Exchange:
+    return Exchange((record.text or "") if record.messages is None else record.messages, ())
+
+
 _SPLITS: dict[type, Callable[[Any], Exchange]] = {
     SFTRecord: _imitated,
+    Prompt: _asked,
     PreferenceRecord: _pair,
     BinaryRecord: _labelled,
     ScoredRecord: _scored,

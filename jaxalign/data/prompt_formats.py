@@ -140,7 +140,7 @@ PROMPT_FORMATS: tuple[Format, ...] = (
 KNOWN = "; ".join(f"{f.name}: {f.keys}" for f in PROMPT_FORMATS)
 
 
-def to_prompts(row: Any, place: str, source: str) -> tuple[list[Any], str]:
+def to_prompts(row: Any, place: str = "", source: str = "") -> tuple[list[Any], str]:
     """(prompts of one row, format name): one, or all those of a tree. A string is a question.
 
     Raises `RowError`, `UnwantedRowError`.

@@ -144,6 +144,8 @@ class Builder:
     model      whether -m is needed
     asks       whether anything is asked of a model with these keys
     templates  the folder of its prompts, or "" for that of its name
+    data       whether -d is needed
+    prompts    its rows are prompts to answer, not records to learn
     """
 
     config: type[BuildConfig]
@@ -152,3 +154,5 @@ class Builder:
     model: bool = True
     asks: Callable[[Any], bool] = lambda config: True
     templates: str = ""
+    data: bool = True
+    prompts: bool = False

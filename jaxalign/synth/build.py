@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxalign.data.files import find_files
 from jaxalign.data.pieces import any_records
+from jaxalign.data.prompt_formats import to_prompts
 from jaxalign.data.readers import hub_name
 from jaxalign.data.records import RowError, UnwantedRowError
 from jaxalign.errors import UserError
@@ -31,6 +32,9 @@ from jaxalign.synth.base import BuildConfig, Builder, Built, Work
 from jaxalign.synth.card import card
 from jaxalign.synth.sample import sample_page
 from jaxalign.synth.templates import Templates
+
+# A row -> (records with the faults among them, format name). Raises `RowError`, `UnwantedRowError`.
+Read = Callable[[Any], tuple[list[Any], str]]
 
 # Keys that change no record: how fast something is worked out, and what the card says of it.
 ASIDE = ("llm", "retries", "max_parse_fail", "license", "source_name")
@@ -58,7 +62,8 @@ def build(
     _begin(folder, about)
     work = Work(data, config, folder, llms, templates, _say)
     built = builder.run(work)
-    rows, faults = checked(built.rows)
+    read: Read = to_prompts if builder.prompts else any_records
+    rows, faults = checked(built.rows, read)
     report = _report(method, work, built, rows, faults)
     _write_rows(folder / "rejects.jsonl", [{"reason": r, "row": dict(row)} for r, row in faults])
     for name, extra in built.beside.items():
@@ -66,7 +71,7 @@ def build(
     _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _write_rows(out, rows)
     _write(folder / "README.md", card(report, about, config, out))
-    _write(folder / "sample.html", sample_page(rows, out.name, method, config.seed))
+    _write(folder / "sample.html", sample_page(rows, out.name, method, config.seed, read))
     _say(f"{len(rows)} records: {out}")
     return report
 
@@ -130,12 +135,12 @@ def _gap(before: Any, now: Any) -> str:
 
 
 def checked(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]], read: Read = any_records
 ) -> tuple[list[Mapping[str, Any]], list[tuple[str, Mapping[str, Any]]]]:
-    """Rows that training reads, and (reason, row) of the others."""
+    """Rows that `read` makes something of, as training does, and (reason, row) of the others."""
     good, faults = [], []
     for row in rows:
-        reason = next(_faults(row), "")
+        reason = _fault(row, read)
         if reason:
             faults.append((reason, row))
         else:
@@ -143,16 +148,14 @@ def checked(
     return good, faults
 
 
-def _faults(row: Mapping[str, Any]) -> Iterator[str]:
-    """Why a record cannot be used."""
+def _fault(row: Mapping[str, Any], read: Read) -> str:
+    """Why a record cannot be used, or ""."""
     try:
-        parts, _ = any_records(dict(row))
+        parts, _ = read(dict(row))
     except (RowError, UnwantedRowError) as reason:
-        yield str(reason)
-        return
+        return str(reason)
     reasons = [str(part) for part in parts if isinstance(part, RowError | UnwantedRowError)]
-    if len(reasons) == len(parts):  # of many records in a row, some may be of no use
-        yield from reasons
+    return reasons[0] if reasons and len(reasons) == len(parts) else ""  # of many, some may be of no use
 
 
 def _report(

@@ -21,9 +21,12 @@ TONES = {"chosen": "good", "wanted": "good", "rejected": "bad", "unwanted": "bad
 BY = ("source", "method")  # what the page filters by
 
 
-def sample_page(rows: Sequence[Mapping[str, Any]], name: str, method: str, seed: int) -> str:
-    """The page, a function of the rows and the seed; it loads nothing and escapes every text."""
-    shown = [_shown(i, dict(rows[i])) for i in drawn(len(rows), seed)]
+def sample_page(
+    rows: Sequence[Mapping[str, Any]], name: str, method: str, seed: int, read: Any = any_records
+) -> str:
+    """The page, a function of the rows and the seed; it loads nothing and escapes every text. `read` makes
+    records of a row."""
+    shown = [_shown(i, dict(rows[i]), read) for i in drawn(len(rows), seed)]
     choices = {key: sorted(Counter(each[key] for each in shown).items()) for key in BY}
     values = {"name": name, "method": method, "seed": seed, "total": len(rows)}
     page = environment(TEMPLATES).get_template("sample.html")
@@ -35,8 +38,8 @@ def drawn(count: int, seed: int, most: int = SHOWN) -> list[int]:
     return sorted(random.Random(seed).sample(range(count), min(count, most)))
 
 
-def _shown(index: int, row: dict[str, Any]) -> dict[str, Any]:
-    parts, kind = any_records(row)
+def _shown(index: int, row: dict[str, Any], read: Any) -> dict[str, Any]:
+    parts, kind = read(row)
     records = [part for part in parts if not isinstance(part, RowError | UnwantedRowError)]
     meta = row.get("meta")
     values = meta if isinstance(meta, dict) else {}
