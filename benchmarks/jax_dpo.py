@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import batches, jax_common, jax_loop
 from benchmarks.protocol import Channel
-from jaxalign.data.rows import Item, arrange
+from jaxalign.data.rows import Item, arrange, in_blocks
 from jaxalign.train.assemble import Weights
 from jaxalign.train.precompute import Reference, with_log_probs
 from jaxalign.train.settings import TrainConfig, config_for
@@ -64,17 +64,12 @@ def groups(steps: batches.Steps) -> list[Group]:
 
 
 def hosts(items: Sequence[Item], count: int, *, share: bool) -> Callable[[int], Batch]:
-    """The batch of each of `count` steps, as `BatchSource` lays its rows out: leaves [A=1, B, G=2, T], the
-    length the smallest of a few that takes the step's longest row. `share`: the prompt of a pair once."""
+    """The batch of each of `count` steps, as `BatchSource` lays its rows out on one device: leaves
+    [A=1, B, G=2, T]. `share`: the prompt of a pair once, several pairs to a row."""
     longest = max(len(m.tokens) for item in items if isinstance(item, Group) for m in item.members)
-    rows = arrange(items, max_length=longest, group=2, share=share)
-    size = len(items) // count
-
-    def host(index: int) -> Batch:
-        wanted = (np.arange(size) + size * (index % count))[None]
-        return rows.batch(wanted, rows.before(wanted), rows.width(wanted))
-
-    return host
+    steps = np.arange(len(items)).reshape(count, 1, -1)
+    rows = in_blocks(arrange(items, max_length=longest, group=2, share=share), steps.shape[-1], list(steps))
+    return lambda index: rows.batch(steps[index % count])
 
 
 def with_reference(

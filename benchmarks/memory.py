@@ -43,8 +43,7 @@ def pairs(count: int, length: int, share: bool) -> Batch:
     stems = [rng.integers(0, 1000, prompt) for _ in range(count)]
     items = [Group(str(i), (member(stem), member(stem))) for i, stem in enumerate(stems)]
     rows = arrange(items, max_length=length, group=2, share=share)
-    wanted = np.arange(count)[None]
-    return rows.batch(wanted, rows.before(wanted), rows.width(wanted))
+    return rows.batch(np.arange(count)[None])
 
 
 def chunked(machine: Machine, batch: Batch) -> int:

@@ -64,6 +64,11 @@ def make_mesh(config: MeshConfig | None = None, devices: list[Any] | None = None
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def data_shards(mesh: Mesh) -> int:
+    """Parts into which the rows of a forward pass are cut."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def spec(axes: Axes) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axis names."""
     return PartitionSpec(*(RULES.get(a) if a else None for a in axes))

@@ -22,8 +22,12 @@ BRANCH = 1 << 20
 class Shared:
     """The members of each group in one row: what they begin with once, then a branch for each.
 
-    tokens, segments, positions  int32 [B, S], as in `Batch`; members are branches of segment 1
-    index                        int32 [B, G, T]: where in the row token t of member g lies
+    The B groups are cut into N blocks of n, each with R rows of its own; rows hold several groups if R < n.
+
+    tokens, segments, positions  int32 [N, R, S], as in `Batch`: members of a row's group s = 1, 2, ... are
+                                 branches of segment s
+    index                        int32 [N, n, G, T]: where among the R S tokens of the block token t of member
+                                 g lies
     """
 
     tokens: Any

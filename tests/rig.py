@@ -96,7 +96,7 @@ class Rig:
     def after(self, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """The state and the metrics of one step on a host batch [A, B, G, T]."""
         _, state, base = self.start()
-        return _program(self, _Like(batch))(state, base, self.place(batch))
+        return compiled(self, batch)(state, base, self.place(batch))
 
     def before(self) -> Params:
         """What trains, as it was before the first step."""
@@ -112,7 +112,12 @@ def _layout(model: Model) -> tuple[Any, Any]:
 
 def program(rig: Rig, shape: tuple[int, ...]) -> Any:
     """The compiled step of `rig` for batches of this shape [A, B, G, T]; compiled once for all tests."""
-    return _program(rig, _Like(Batch(*(np.zeros(shape, d) for d in (np.int32, bool, np.int32, np.int32)))))
+    return compiled(rig, Batch(*(np.zeros(shape, d) for d in (np.int32, bool, np.int32, np.int32))))
+
+
+def compiled(rig: Rig, batch: Batch) -> Any:
+    """The compiled step of `rig` for batches like this one."""
+    return _program(rig, _Like(batch))
 
 
 class _Like:

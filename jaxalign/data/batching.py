@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,23 @@ import numpy as np
 
 from jaxalign.data.order import Order, Shuffled, permutation
 from jaxalign.data.packing import bucket_lengths, round_up
-from jaxalign.data.rows import PADDING, Item, Rows, arrange, members_of
+from jaxalign.data.rows import PADDING, Item, Rows, arrange, in_blocks, members_of
 from jaxalign.errors import UserError
 from jaxalign.types import Batch, Group
 
 __all__ = ["BatchSource", "BatchStats", "bucket_lengths", "eval_batches", "permutation"]
 
+SAMPLE = 256  # steps at most by which layouts are chosen and padding is told
+
 
 @dataclass(frozen=True)
 class BatchStats:
-    """What one epoch holds. `tokens` are real ones. `pad_share` is of rows laid out each in its bucket;
-    a step widens them to its longest row, so that unpacked it is a lower bound."""
+    """What one epoch holds. `tokens` are real ones.
+
+    `pad_share` is of what the model computes. Where answers share a row, in the steps of the first epoch, or
+    an even sample of them; else in rows laid out each in its bucket: a step widens them to its longest row,
+    so that unpacked it is a lower bound.
+    """
 
     examples: int
     rows: int
@@ -45,7 +52,9 @@ class BatchSource:
     `group` is the G wanted; None or 0: that of the longest group. 2 over groups of one answer: member 1 is
     the row's prompt with the answer of the row before it in the step (the first row takes the last one's).
     `share`: batches say how the members of a group go into one row with their prompt once (`Batch.shared`);
-    the lengths then are those of such rows.
+    the lengths then are those of such rows. The groups of one of `blocks` blocks may share rows too
+    (`rows.in_blocks`): a micro-batch has as many blocks as devices it is cut over, those of all processes;
+    None is one for each process.
 
     Raises `UserError` for sizes that do not divide, no examples, an example over `max_length`, packed groups,
     or a group of more than `group` answers.
@@ -67,9 +76,10 @@ class BatchSource:
         buckets: Sequence[int] | None = None,
         pad_id: int = 0,
         order: Order | None = None,
+        blocks: int | None = None,
     ) -> None:
         _check_sizes(batch_size, accumulation, process_count, process_index)
-        self._rows = arrange(
+        self._rows = self._alone = arrange(
             examples,
             max_length=max_length,
             packing=packing,
@@ -84,12 +94,29 @@ class BatchSource:
         self.order = order or Shuffled(np.arange(len(self.rows)), batch_size, seed)
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
         self._local = local_rows(batch_size // accumulation, process_index, process_count)
+        self._cut(process_count if blocks is None else blocks)
         self._settings = {
             "batch_size": batch_size,
             "packing": packing,
             "max_length": max_length,
             "seed": seed,
         }
+
+    def in_blocks(self, blocks: int) -> BatchSource:
+        """The same batches, laid out for micro-batches of so many blocks."""
+        other = copy(self)
+        other._cut(blocks)
+        return other
+
+    def _cut(self, blocks: int) -> None:
+        block = groups_of(blocks, self.batch_size // self.accumulation)
+        self._rows = in_blocks(self._alone, block, self._sample)
+
+    @property
+    def _sample(self) -> list[np.ndarray]:
+        """The rows of steps of the first epoch."""
+        steps = self.steps_per_epoch
+        return [self.row_indices(step) for step in range(0, steps, -(-steps // SAMPLE))]
 
     @property
     def examples(self) -> list[Any]:
@@ -103,8 +130,13 @@ class BatchSource:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The row lengths T that can occur."""
+        """The row lengths T that can occur; S where members share a row."""
         return self._rows.widths
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many rows the groups of a block can take, where members share a row."""
+        return self._rows.counts
 
     @property
     def group(self) -> int:
@@ -118,11 +150,11 @@ class BatchSource:
 
     @property
     def members(self) -> int:
-        """Sequences that the model sees of a row: G, or 1 where the members share it."""
+        """Sequences that the model sees of a row: G, or at most 1 where the members share it."""
         return 1 if self._rows.members_in else self.group
 
     def abstract(self) -> list[Batch]:
-        """Shapes and dtypes of this process's batches [A, B_local, G, T], one for every T, the smallest
+        """Shapes and dtypes of this process's batches [A, B_local, G, T], all that can occur, the smallest
         first: as many compilations as there are."""
         return self._rows.abstract((self.accumulation, self._local.stop - self._local.start))
 
@@ -143,19 +175,24 @@ class BatchSource:
     @property
     def stats(self) -> BatchStats:
         """Counts of one epoch."""
-        examples, sizes = self._rows.own_members, self._rows.sizes
+        examples = self._rows.own_members
         tokens = sum(len(e.tokens) for e in examples)
-        widths = np.asarray(self.lengths)[np.searchsorted(self.lengths, sizes)]
-        held = int(sizes.sum()) if self._rows.members_in else tokens
-        laid_out = float(widths.sum()) * (1 if self._rows.rotated else self.members)
         return BatchStats(
             examples=len(self.examples),
             rows=len(self.rows),
             tokens=tokens,
             targets=int(sum(e.mask[1:].sum() for e in examples)),
-            pad_share=1.0 - held / laid_out,
-            longest=int(sizes.max()),
+            pad_share=self._pad_share(tokens),
+            longest=int(self._rows.sizes.max()),
         )
+
+    def _pad_share(self, tokens: int) -> float:
+        rows = self._rows
+        if rows.members_in:
+            held, computed, _ = rows.work(map(rows.lengths, self._sample))
+            return 1.0 - held / computed
+        widths = np.asarray(rows.widths)[np.searchsorted(rows.widths, rows.sizes)]
+        return 1.0 - tokens / (float(widths.sum()) * (1 if rows.rotated else self.group))
 
     @property
     def fingerprint(self) -> str:
@@ -178,9 +215,7 @@ class BatchSource:
 
     def batch(self, step: int) -> Batch:
         """The micro-batches of one update on this process."""
-        wanted = self.row_indices(step)
-        before = self._rows.before(wanted)
-        return self._rows.batch(wanted[:, self._local], before[:, self._local], self._rows.width(wanted))
+        return self._rows.batch(self.row_indices(step), self._local)
 
     def ids(self, step: int) -> list[str]:
         """Ids of the examples in one update, over all processes."""
@@ -199,6 +234,7 @@ def eval_batches(
     process_count: int = 1,
     buckets: Sequence[int] | None = None,
     pad_id: int = 0,
+    blocks: int | None = None,
 ) -> Iterator[Batch]:
     """Every example or group once, as batches with leaves [B_local, G, T], which `BatchSource` explains.
 
@@ -215,9 +251,11 @@ def eval_batches(
         buckets=buckets,
         pad_id=pad_id,
     )
+    steps = list(by_length(rows, batch_size))
+    rows = in_blocks(rows, groups_of(blocks or process_count, batch_size), steps)
     mine = local_rows(batch_size, process_index, process_count)
-    for wanted in by_length(rows, batch_size):
-        yield rows.batch(wanted[mine], rows.before(wanted)[mine], rows.width(wanted))
+    for wanted in steps:
+        yield rows.batch(wanted, mine)
 
 
 def by_length(rows: Rows, batch_size: int) -> Iterator[np.ndarray]:
@@ -226,6 +264,13 @@ def by_length(rows: Rows, batch_size: int) -> Iterator[np.ndarray]:
     full = np.full(round_up(len(order), batch_size), PADDING)
     full[: len(order)] = order
     yield from full.reshape(-1, batch_size)
+
+
+def groups_of(blocks: int, rows: int) -> int:
+    """The groups of each block of a batch. Raises `UserError` where they do not divide."""
+    if rows % blocks:
+        raise UserError(f"{rows} rows of a batch do not divide over {blocks} devices")
+    return rows // blocks
 
 
 def local_rows(rows: int, index: int, count: int) -> slice:

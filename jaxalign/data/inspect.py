@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 TOKENS_SHOWN = 400  # of one row
+STEP = 8  # groups: the default of `batch_size` on up to eight devices
 BAR = 40  # columns of the longest histogram bar
 
 # kind of token -> (rich style of even tokens, of odd tokens)
@@ -100,15 +101,18 @@ def histogram(lengths: np.ndarray, edges: Sequence[int]) -> list[str]:
 
 
 def packing_lines(items: Sequence[Item], max_length: int) -> list[str]:
-    """Rows and share of padding; for examples with and without packing."""
-    packed = {"one example a row": False, "packed": True}
-    ways = {"one answer a row": False} if isinstance(items[0], Group) else packed
+    """Rows and share of padding: for examples with and without packing, for groups apart and as training lays
+    out steps of the usual size on one device."""
+    packed: dict[str, dict[str, Any]] = {"one example a row": {}, "packed": {"packing": True}}
+    grouped: dict[str, dict[str, Any]] = {"one answer a row": {}}
+    if max(len(members_of(item)) for item in items) > 1:
+        grouped[f"prompts once, in steps of {STEP}"] = {"share": True, "batch_size": STEP}
     out = []
-    for name, packing in ways.items():
-        source = BatchSource(items, batch_size=1, max_length=max_length, packing=packing)
+    for name, how in (grouped if isinstance(items[0], Group) else packed).items():
+        source = BatchSource(items, **{"batch_size": 1, "max_length": max_length} | how)
         stats, lengths = source.stats, ", ".join(map(str, source.lengths))
-        rows = stats.rows * source.group
-        out.append(f"{name}: {rows} rows, {stats.pad_share:.1%} padding, row lengths {lengths}")
+        rows = f"{stats.rows} groups" if "share" in how else f"{stats.rows * source.group} rows"
+        out.append(f"{name}: {rows}, {stats.pad_share:.1%} padding, row lengths {lengths}")
     return out
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,25 +11,30 @@ import jax
 import numpy as np
 
 from jaxalign.data.packing import best_fit, bucket_widths, fill_row, round_up
-from jaxalign.data.sharing import lay_out, shared_length
+from jaxalign.data.sharing import lay_out, rows_needed, shared_length
 from jaxalign.errors import UserError
 from jaxalign.types import Batch, Example, Group, Shared
 
 Item = Example | Group
 
 PADDING = -1  # in place of a row's index: a row that holds nothing
+ATTENTION = 8192  # row length at which attention is about as much work as all else, in a small model
 
 
 @dataclass(frozen=True)
 class Rows:
     """Examples, several to a row where they are packed, or groups of answers, one to a row.
 
+    Where the members of a group share a row (`Batch.shared`), the groups of a block may go into fewer rows.
+
     items    what was given; plan: the items of every row
-    sizes    int64 [R], the longest member of every row, in tokens; where members share, the whole row
+    sizes    int64 [n], the longest member of every row, in tokens; where members share, the whole row
     widths   the row lengths that can occur: T, or S where members share a row
     group    G, the answers of a row of a batch
     rotated  member 1 is the row's own prompt with the answer of the row before it in the step
-    members_in  T where members share a row (`Batch.shared`), else None
+    members_in  T where members share a row, else None
+    block    n, consecutive groups of a step that form a block
+    counts   R, the rows of a block that can occur; there is one of `widths` or one of `counts`
     """
 
     items: list[Item]
@@ -40,6 +46,8 @@ class Rows:
     max_length: int
     pad_id: int
     members_in: int | None = None
+    block: int = 1
+    counts: tuple[int, ...] = (1,)
 
     def members(self, row: int, before: int = PADDING) -> list[list[Example]]:
         """The examples of each of the row's `group` members; `before` is the row whose answer is borrowed."""
@@ -73,26 +81,47 @@ class Rows:
         out[real] = np.roll(flat[real], 1)
         return out.reshape(wanted.shape)
 
-    def width(self, wanted: np.ndarray) -> int:
-        """The smallest of `widths` that takes all rows of a step, those of all processes."""
-        real = wanted[wanted != PADDING]
-        longest = int(self.sizes[real].max())
-        if self.rotated:
-            both = zip(real.tolist(), np.roll(real, 1).tolist(), strict=True)
-            longest = max(longest, *(self._size(self.members(*pair)) for pair in both))
-        return next(width for width in self.widths if width >= longest)
+    def lengths(self, wanted: np.ndarray) -> np.ndarray:
+        """Tokens of the rows of a step, as `sizes`, with what is borrowed; 0 for `PADDING`."""
+        if not self.rotated:
+            return np.where(wanted == PADDING, 0, self.sizes[wanted])
+        pairs = zip(wanted.ravel().tolist(), self.before(wanted).ravel().tolist(), strict=True)
+        return np.asarray([self._size(self.members(*pair)) for pair in pairs]).reshape(wanted.shape)
 
     def _size(self, members: list[list[Example]]) -> int:
         """Tokens of the row that these members need."""
         alone = [member[0] for member in members if member]
         if self.members_in is not None:
             return shared_length(alone)
-        return max(len(e.tokens) for e in alone)
+        return max((len(e.tokens) for e in alone), default=0)
 
-    def batch(self, wanted: np.ndarray, before: np.ndarray, width: int) -> Batch:
-        """Leaves [*wanted.shape, G, T] of the rows `wanted`; `before` as from the method of that name."""
+    def shape(self, lengths: np.ndarray) -> tuple[int, int]:
+        """(rows of a block, their length): the smallest of `counts` and of `widths` that take a step, all of
+        its micro-batches on all processes. `lengths` are those of the step."""
+        width = next(width for width in self.widths if width >= lengths.max())
+        if len(self.counts) == 1:
+            return self.counts[0], width
+        most = max(rows_needed(block, width) for block in lengths.reshape(-1, self.block).tolist())
+        return next(count for count in self.counts if count >= most), width
+
+    def work(self, steps: Iterable[np.ndarray]) -> tuple[int, int, float]:
+        """What the model computes in steps of these `lengths`, of rows that members share: (tokens, tokens
+        with padding, their cost in tokens of a short row)."""
+        held, computed, cost = 0, 0, 0.0
+        for lengths in steps:
+            count, width = self.shape(lengths)
+            tokens = lengths.size // self.block * count * width
+            held, computed = held + int(lengths.sum()), computed + tokens
+            cost += tokens * (1 + width / ATTENTION)
+        return held, computed, cost
+
+    def batch(self, wanted: np.ndarray, mine: slice = slice(None)) -> Batch:
+        """Leaves [*leading, B, G, T] of the slice `mine` of a step's rows `wanted` [*leading, B'], those of
+        all processes."""
+        rows, width = self.shape(self.lengths(wanted))
+        before, wanted = self.before(wanted)[..., mine], wanted[..., mine]
         pairs = zip(wanted.ravel().tolist(), before.ravel().tolist(), strict=True)
-        groups = [self.members(row, previous) for row, previous in pairs]
+        groups = [self.members(*pair) for pair in pairs]
         parts = [part for members in groups for part in members]
         aux = {
             name: np.stack([self._aux(name, row) for row in wanted.ravel().tolist()]).reshape(
@@ -104,12 +133,19 @@ class Rows:
         for name in self.token_aux:
             values = [_padded(part, name, self.members_in or width) for part in parts]
             aux[name] = np.stack(values).reshape(*shape, -1)
+        batch = stack(parts, self.members_in or width, self.pad_id, shape, aux)
         if self.members_in is None:
-            return stack(parts, width, self.pad_id, shape, aux)
+            return batch
+        return replace(batch, shared=self._shared(groups, (rows, width), wanted.shape[:-1]))
+
+    def _shared(
+        self, groups: list[list[list[Example]]], rows: tuple[int, int], leading: tuple[int, ...]
+    ) -> Shared:
+        """`Batch.shared` of groups, leaves [*leading, N, ...]; `rows` (R, S)."""
         alone = [[member[0] for member in members if member] for members in groups]
-        shared = lay_out(alone, width, (self.group, self.members_in), self.pad_id)
-        shared = jax.tree.map(lambda x: x.reshape(*wanted.shape, *x.shape[1:]), shared)
-        return replace(stack(parts, self.members_in, self.pad_id, shape, aux), shared=shared)
+        blocks = [alone[at : at + self.block] for at in range(0, len(alone), self.block)]
+        shared = lay_out(blocks, rows, (self.group, self.members_in or 0), self.pad_id)
+        return jax.tree.map(lambda x: x.reshape(*leading, -1, *x.shape[1:]), shared)
 
     @property
     def token_aux(self) -> tuple[str, ...]:
@@ -136,22 +172,25 @@ class Rows:
         return out
 
     def abstract(self, leading: tuple[int, ...]) -> list[Batch]:
-        """A batch of shapes and dtypes [*leading, G, T] for each of `widths`, the smallest first."""
+        """A batch of shapes and dtypes [*leading, G, T], `leading` ending with B, for each of `counts` and of
+        `widths`, the smallest first."""
 
-        def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        def shaped(shape: tuple[int, ...], dtype: Any, leading: tuple[int, ...] = leading) -> Any:
             return jax.ShapeDtypeStruct((*leading, *shape), dtype)
 
         aux = {name: shaped(blank.shape, blank.dtype) for name, blank in self.blank_aux.items()}
         kinds = (np.int32, np.bool_, np.int32, np.int32)  # tokens, mask, segments, positions
+        blocks = (*leading[:-1], leading[-1] // self.block)
 
-        def batch(width: int) -> Batch:
+        def batch(count: int, width: int) -> Batch:
             size = (self.group, self.members_in or width)
             each = {name: shaped(size, np.float32) for name in self.token_aux}
-            row = shaped((width,), np.int32)
-            shared = Shared(row, row, row, shaped(size, np.int32)) if self.members_in else None
+            row = shaped((count, width), np.int32, blocks)
+            index = shaped((self.block, *size), np.int32, blocks)
+            shared = Shared(row, row, row, index) if self.members_in else None
             return Batch(*(shaped(size, kind) for kind in kinds), aux=aux | each, shared=shared)
 
-        return [batch(width) for width in self.widths]
+        return [batch(count, width) for count in self.counts for width in self.widths]
 
     @property
     def own_members(self) -> list[Example]:
@@ -204,6 +243,26 @@ def arrange(
         longest = int(sizes.max()) + borrowed
     widths = (round_up(longest),) if packing else bucket_widths(buckets, longest)
     return Rows(list(items), plan, sizes, widths, members, rotated, max_length, pad_id, members_in)
+
+
+def in_blocks(rows: Rows, block: int, steps: Sequence[np.ndarray]) -> Rows:
+    """The rows with `block` groups to a block, in whichever of two ways costs less over `steps` (the rows of
+    each, of all processes): a row for each group, of the smallest of a few lengths that takes the longest of
+    the step; or rows as long as the longest of all, several groups in each, a quarter, a half, three quarters
+    or all as many as there are groups. Of these numbers the last is there for whatever comes, the others as
+    far as `steps` need them. Either way there are at most four shapes.
+
+    Examples, and groups whose members do not share a row, stay as they are.
+    """
+    if rows.members_in is None:
+        return rows
+    apart = replace(rows, block=block, counts=(block,))
+    quarters = sorted({math.ceil(block * k / 4) for k in range(1, 5)})
+    together = replace(apart, counts=tuple(quarters), widths=rows.widths[-1:])
+    lengths = [rows.lengths(wanted) for wanted in steps]
+    needed = {together.shape(step)[0] for step in lengths} | {block}
+    together = replace(together, counts=tuple(sorted(needed)))
+    return min((apart, together), key=lambda way: way.work(lengths)[2])
 
 
 def members_of(item: Item) -> tuple[Example, ...]:

@@ -21,11 +21,12 @@ from jaxalign import distributed
 from jaxalign.data.batching import BatchSource
 from jaxalign.data.chat import Tokenizer
 from jaxalign.data.order import Shuffled
-from jaxalign.data.rows import arrange
+from jaxalign.data.rows import arrange, in_blocks
 from jaxalign.rl.prompts import Asked, Prompts
 from jaxalign.rl.rewards import Answer, Faults, Rewards
 from jaxalign.rl.rollout import MOMENTS, Roller
 from jaxalign.sampling.engine import Engine
+from jaxalign.sharding import data_shards
 from jaxalign.train.assemble import Machine
 from jaxalign.train.loop import Ended
 from jaxalign.train.passes import each_item
@@ -57,7 +58,7 @@ class Sampler:
             decode=self.tokenizer.decode,
             stop_tokens=tuple(dict.fromkeys((*loaded.stop_tokens, *self.tokenizer.stop_tokens))),
             slots=self.slots,
-            shards=mesh.shape["data"] * mesh.shape["fsdp"],
+            shards=data_shards(mesh),
         )
 
     @cached_property
@@ -188,6 +189,7 @@ class Rollouts:
             process_index=distributed.process_index(),
             process_count=distributed.process_count(),
             pad_id=self.pad_id,
+            blocks=data_shards(self.machine.mesh),
         )
 
     def _beside(self, group: Group, row: Example) -> Group:
@@ -242,8 +244,9 @@ class Rollouts:
             [group], max_length=c.max_length, group=objective.group, share=c.share_prompt and n > 1
         )
         per = 1 if self._together else c.n
-        local = (c.batch_size or 1) * per // c.grad_accumulation // distributed.process_count()
-        return rows.abstract((c.grad_accumulation, local))[-1:]
+        whole = (c.batch_size or 1) * per // c.grad_accumulation
+        rows = in_blocks(rows, whole // data_shards(self.machine.mesh), [])
+        return rows.abstract((c.grad_accumulation, whole // distributed.process_count()))[-1:]
 
     @property
     def token_aux(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from jaxalign.models.base import DTYPES
 from jaxalign.models.decoder import Adapter, Model, parameter_count
 from jaxalign.models.hashing import adapter_hash
 from jaxalign.models.load import Loaded, load_model
-from jaxalign.sharding import RULES, tree_shardings
+from jaxalign.sharding import data_shards, tree_shardings
 from jaxalign.train.checkpoint import Parts
 from jaxalign.train.feed import place
 from jaxalign.train.flops import Cost, peak_flops, training_cost
@@ -35,14 +35,6 @@ from jaxalign.types import Batch, ModelSource, Params
 
 REMAT = ("none", "dots", "full")  # from the one that keeps most to the leanest
 HEADROOM = 0.92  # share of a device's memory that a program may ask for
-
-
-def data_shards(mesh: Mesh) -> int:
-    """Parts into which the rows of a forward pass are cut."""
-    shards = 1
-    for axis in RULES["batch"]:
-        shards *= mesh.shape[axis]
-    return shards
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

@@ -41,6 +41,12 @@ class Inputs:
         stats = self.source.stats
         return {"fingerprint": self.source.fingerprint, "examples": stats.examples, "tokens": stats.tokens}
 
+    def in_blocks(self, blocks: int) -> Inputs:
+        """The same rows, laid out for micro-batches that lie on so many devices."""
+        source = self.source.in_blocks(blocks)
+        batches = self.report["batches"] | _laid_out(source)
+        return replace(self, source=source, report=self.report | {"batches": batches})
+
     def with_source(self, source: BatchSource) -> Inputs:
         """The same rows in another order."""
         return replace(self, source=source, report=self.report | {"stages": source.order.report()})
@@ -65,12 +71,16 @@ def read_inputs(
         items, held_out = split(items, config.eval_fraction, config.seed)
         say(f"data: {len(held_out)} of {len(held_out) + len(items)} examples are held out for evaluation")
     inputs = Inputs(make_source(items, config, objective, tokenizer.pad_id), held_out, report)
-    report["batches"] = asdict(inputs.source.stats) | {
+    report["batches"] = _laid_out(inputs.source) | {
         "held_out": len(held_out),
-        "row_lengths": list(inputs.source.lengths),
         "one_sided_steps": needs.one_sided(inputs.source, objective, say),
     }
     return inputs.with_source(inputs.source)
+
+
+def _laid_out(source: BatchSource) -> dict[str, Any]:
+    """What the report says of rows and padding."""
+    return asdict(source.stats) | {"row_lengths": list(source.lengths), "rows_a_block": list(source.counts)}
 
 
 def read_examples(
@@ -172,9 +182,10 @@ def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item]
 
 
 def held_out_batches(
-    inputs: Inputs, config: TrainConfig, objective: Any, pad_id: int, rows: int
+    inputs: Inputs, config: TrainConfig, objective: Any, pad_id: int, rows: int, blocks: int
 ) -> list[Batch]:
-    """The evaluation set as host batches [B_local, G, T], `rows` rows each over all processes."""
+    """The evaluation set as host batches [B_local, G, T], `rows` rows each over all processes, in `blocks`
+    blocks."""
     if not inputs.held_out:
         return []
     batches = eval_batches(
@@ -187,6 +198,7 @@ def held_out_batches(
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
         pad_id=pad_id,
+        blocks=blocks,
     )
     return list(batches)
 

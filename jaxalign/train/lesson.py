@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from jaxalign.data.chat import Tokenizer
 from jaxalign.models.decoder import Model
+from jaxalign.sharding import data_shards
 from jaxalign.train import feed
-from jaxalign.train.assemble import Machine, data_shards
+from jaxalign.train.assemble import Machine
 from jaxalign.train.flops import Work, work_of
 from jaxalign.train.folder import RunFolder
 from jaxalign.train.inputs import Data, Inputs, check_fit, held_out_batches, read_inputs, total_steps
@@ -128,8 +129,10 @@ class Offline:
         check_fit(self.inputs, shape.vocab_size, shape.max_positions, adapter.virtual if adapter else 0)
 
     def ready(self, machine: Machine, folder: RunFolder) -> Offline:
-        """With the reference's log-probs, and rows in stages, where that is asked for."""
+        """With the reference's log-probs, and rows in stages, where that is asked for; laid out for the
+        mesh."""
         inputs = Preparation(self.method, machine, folder, self.pad_id, self.say).of(self.inputs)
+        inputs = inputs.in_blocks(data_shards(machine.mesh))
         return replace(self, inputs=inputs, machine=machine, config=machine.config)
 
     def abstract(self) -> list[Batch]:
@@ -161,7 +164,8 @@ class Offline:
     def _held_out(self) -> list[Batch]:
         c, shards = self.config, data_shards(self._machine.mesh)
         rows = c.eval_batch_size or (c.batch_size or 1) // c.grad_accumulation
-        return held_out_batches(self.inputs, c, self.objective, self.pad_id, -(-rows // shards) * shards)
+        rows = -(-rows // shards) * shards
+        return held_out_batches(self.inputs, c, self.objective, self.pad_id, rows, shards)
 
     def lines(self, start: int) -> list[str]:
         """Rows, padding, and the stage that the run is in."""

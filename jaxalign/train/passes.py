@@ -13,7 +13,8 @@ from rich.progress import track
 
 from jaxalign import distributed
 from jaxalign.data.batching import by_length, local_rows
-from jaxalign.data.rows import Item, arrange
+from jaxalign.data.rows import Item, arrange, in_blocks
+from jaxalign.sharding import data_shards
 from jaxalign.train.feed import place
 from jaxalign.types import Batch
 
@@ -37,9 +38,10 @@ def each_item(
     seen = distributed.is_first() and sys.stderr.isatty()
     console = Console(stderr=True)
     passes = list(by_length(table, rows))
+    table = in_blocks(table, rows // data_shards(mesh), passes)
     for wanted in track(passes, what, console=console, transient=True, disable=not seen):
-        batch = table.batch(wanted[mine], table.before(wanted)[mine], table.width(wanted))
-        for row, values in zip(wanted.tolist(), np.asarray(forward(place(batch, mesh, 0))), strict=True):
+        batch = place(table.batch(wanted, mine), mesh, 0)
+        for row, values in zip(wanted.tolist(), np.asarray(forward(batch)), strict=True):
             if row >= 0:  # the last pass is filled up
                 found[row] = values
     return found

@@ -18,9 +18,9 @@ from jaxalign.models.base import DTYPES, resolve_dtype
 from jaxalign.models.decoder import Adapter
 from jaxalign.models.export import export_hf, export_peft
 from jaxalign.models.source import resolve
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.train import feed
-from jaxalign.train.assemble import Machine, check_batch, data_shards, learning_rate, load_weights
+from jaxalign.train.assemble import Machine, check_batch, learning_rate, load_weights
 from jaxalign.train.checkpoint import Checkpoints, Restored
 from jaxalign.train.folder import RunFolder, adopt, check_same, disk_errors, locked, versions
 from jaxalign.train.guards import Watch

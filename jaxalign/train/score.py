@@ -28,7 +28,7 @@ def score(
     chunk: int = 512,
 ) -> Scores:
     """Scores of a batch [B, G, T]. Rows and group members are one batch axis to the model, or members share a
-    row (`Batch.shared`): the same scores for less work.
+    row, and groups may (`Batch.shared`): the same scores for less work.
 
     Logits are divided by `temperature`. `compact`, `spread` and `chunk` are those of `Head`.
     """
@@ -64,8 +64,11 @@ def hidden_states(
     )
     if batch.shared is None:
         return hidden
-    members = jax.vmap(lambda row, index: row[index])(hidden, batch.shared.index)
-    return members.reshape(-1, *members.shape[2:])
+    index = batch.shared.index
+    # Block by block: a block's rows and groups lie on one device.
+    blocks = model.constrain(hidden.reshape(len(index), -1, hidden.shape[-1]), "batch", None, None)
+    members = jax.vmap(lambda block, where: block[where])(blocks, index)
+    return members.reshape(-1, *members.shape[3:])
 
 
 def rewards(

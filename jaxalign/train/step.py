@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jaxalign.models.decoder import Model
 from jaxalign.objectives.base import Metrics, Objective, Scores
 from jaxalign.objectives.logprobs import targets
-from jaxalign.sharding import RULES
+from jaxalign.sharding import data_shards
 from jaxalign.train.reference import Move
 from jaxalign.train.score import rewards, score, values
 from jaxalign.train.state import TrainState
@@ -45,7 +44,7 @@ def make_loss(model: Model, objective: Objective, mesh: Mesh, train_base: bool) 
         temperature=objective.softness,
         train_base=train_base,
         compact=mesh.size == 1,
-        spread=math.prod(mesh.shape[axis] for axis in RULES["batch"]),
+        spread=data_shards(mesh),
     )
 
     def token_scores(params: Params, reference: Any, base: Params, batch: Batch, key: Any) -> Scores:

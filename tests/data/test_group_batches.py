@@ -241,3 +241,97 @@ def test_a_last_row_that_is_alone_borrows_nothing():
     assert sum(n >= 0 for n in numbers(last)) == 1
     assert not last.segments[:, 1].any()
     assert last.mask[0, 0].any()
+
+
+# --- prompts once -----------------------------------------------------------------------------------------
+
+CASES = [(pairs, 2), (lists, 0), (labels, 2)]
+
+
+def together(groups: list[Group], **options) -> BatchSource:
+    return source(groups, share=True, **{"batch_size": 8} | options)
+
+
+def shape(batch: Batch) -> tuple:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize(("make", "group"), CASES)
+def test_a_row_of_several_groups_holds_every_answer(make, group, blocks):
+    made = together(make(), group=group, blocks=blocks, accumulation=1 if blocks == 8 else 2)
+    plain = source(make(), group=group, batch_size=8, accumulation=made.accumulation)
+    for step in range(4):
+        batch, want = made.batch(step), plain.batch(step)
+        shared, size = batch.shared, min(batch.tokens.shape[-1], want.tokens.shape[-1])
+        for leaf in LEAVES:  # what objectives see is what they would see without it
+            assert np.array_equal(getattr(batch, leaf)[..., :size], getattr(want, leaf)[..., :size])
+        a, n = shared.index.shape[0], blocks
+        assert shared.tokens.shape[:2] == shared.index.shape[:2] == (a, n)
+        where = shared.index.reshape(a, n, -1)
+        for leaf in ("tokens", "positions"):
+            rows = getattr(shared, leaf).reshape(a, n, -1)
+            found = np.take_along_axis(rows, where, -1).reshape(batch.tokens.shape)
+            assert np.array_equal(found[batch.segments > 0], getattr(batch, leaf)[batch.segments > 0])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize(("make", "group"), CASES)
+def test_rows_of_groups_have_at_most_four_shapes_all_known_before(make, group, blocks):
+    made = together(make(), group=group, blocks=blocks)
+    shapes = [shape(batch) for batch in made.abstract()]
+    met = [shape(made.batch(step)) for step in range(40)]
+    assert len(shapes) <= 4
+    assert all(found in shapes for found in met)
+    assert max(shapes, key=lambda s: np.prod(s.shared.tokens[0])) == shapes[-1]
+    assert made.counts[-1] == 8 // blocks
+    assert len(made.counts) == 1 or len(made.lengths) == 1
+
+
+def test_short_groups_go_together_and_long_ones_do_not():
+    short, long = [(answer(i, 0, 9, 20), answer(i, 1, 9, 20)) for i in range(31)], (answer(9, 0, 9, 100),) * 2
+    mixed = [Group(str(i), members) for i, members in enumerate([*short, long])]
+    made = together(mixed)
+    assert made.lengths == (256,)  # 8 + 2 x 101 tokens; of the others, 8 + 2 x 21, five go into a row
+    assert made.counts == (2, 8)  # three short rows beside the long one would take four
+    alike = [Group(str(i), long) for i in range(32)]
+    assert together(alike).counts == (8,)
+    for one in (together(mixed, blocks=8), together(mixed).in_blocks(8)):
+        assert (one.counts, one.lengths) == ((1,), (64, 128, 192, 256))
+    assert together(mixed, blocks=8).in_blocks(1).counts == made.counts
+    assert made.fingerprint == source(mixed, batch_size=8).fingerprint
+
+
+def test_padding_of_rows_of_groups_is_that_of_the_steps():
+    for blocks in (1, 2, 8):
+        made = together(pairs(), blocks=blocks)
+        segments = [made.batch(step).shared.segments for step in range(made.steps_per_epoch)]
+        real, computed = sum(int((s > 0).sum()) for s in segments), sum(s.size for s in segments)
+        assert made.stats.pad_share == pytest.approx(1 - real / computed)
+
+
+@pytest.mark.parametrize(("make", "group"), CASES)
+def test_processes_lay_groups_out_as_one_would(make, group):
+    options = {"accumulation": 2, "group": group, "blocks": 2}
+    alone = together(make(), **options)
+    parts = [together(make(), **options, process_index=p, process_count=2) for p in range(2)]
+    for step in (3, 0, 1, 2):
+        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(part.batch(step) for part in parts))
+        whole = alone.batch(step)
+        assert same(joined, whole)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, joined.shared, whole.shared)))
+    assert [shape(b) for b in parts[0].abstract()] == [shape(b) for b in parts[1].abstract()]
+
+
+@pytest.mark.parametrize(("make", "group"), CASES)
+def test_evaluation_in_rows_of_groups_shows_everything_once(make, group):
+    data = make()
+    batches = list(eval_batches(data, batch_size=8, max_length=128, group=group, share=True))
+    seen = [n for batch in batches for n in numbers(batch) if n >= 0]
+    assert sorted(seen) == list(range(len(data)))
+    assert len({str(shape(batch)) for batch in batches}) <= 4
+
+
+def test_blocks_that_do_not_divide():
+    with pytest.raises(UserError, match="8 rows of a batch do not divide over 3 devices"):
+        together(pairs(), blocks=3)

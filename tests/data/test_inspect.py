@@ -96,6 +96,7 @@ def test_pairs_show_the_prompt_once_and_both_answers():
     assert "rejected: 4 tokens, 3 learned\n+ 'no<|end|>'\n- '\\n'" in text
     assert "rejected 1: chosen and rejected are equal (a.jsonl:2)" in text
     assert "one answer a row: 2 rows" in text
+    assert "prompts once, in steps of 8: 1 groups" in text
     assert "packed" not in text
 
 

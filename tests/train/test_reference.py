@@ -51,8 +51,8 @@ def conversation(count: int = 8, length: int = 24) -> tuple[Batch, Batch]:
         [(m.tokens, m.mask) for g in groups for m in g] + [(np.zeros(0), np.zeros(0))] * 2, length
     )
     plain = jax.tree.map(lambda x: x.reshape(count, 2, length), flat)
-    shared = lay_out([*groups, []], 40, (2, length), pad_id=0)
-    return plain, replace(plain, shared=shared)
+    alone = [[members] for members in (*groups, [])]
+    return plain, replace(plain, shared=lay_out(alone, (1, 40), (2, length), pad_id=0))
 
 
 def with_ref(batch: Batch, adapter: Params | None, base: Params, full: bool = False) -> Batch:
