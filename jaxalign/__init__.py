@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         inspect_model,
         plan,
         pull,
+        serve,
         train,
     )
     from jaxalign.errors import UserError
@@ -42,6 +43,7 @@ _CALLS = (
     "inspect_model",
     "plan",
     "pull",
+    "serve",
     "train",
 )
 
@@ -56,6 +58,7 @@ __all__ = [
     "inspect_model",
     "plan",
     "pull",
+    "serve",
     "train",
 ]
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxalign.plan import Plan
     from jaxalign.sampling.generate import GenerateReport
     from jaxalign.sampling.settings import GenerateConfig
+    from jaxalign.serve.settings import ServeConfig
     from jaxalign.train.run import RunResult
 
 # What a run is about, beside the keys of its method. They stand in YAML like any other key.
@@ -186,6 +187,22 @@ def chat(
     from jaxalign.sampling.chat import chat as work
 
     work(model, load_config(generate_settings(), config, overrides, keys))
+
+
+def serve_settings() -> type[ServeConfig]:
+    """The keys of `serve`."""
+    from jaxalign.serve.settings import ServeConfig as Settings
+
+    return Settings
+
+
+def serve(
+    model: str, *, config: Sequence[str | Path] = (), overrides: Sequence[str] = (), **keys: Any
+) -> None:
+    """An OpenAI-compatible server of `model`, until SIGTERM or Ctrl-C. Raises `UserError`."""
+    from jaxalign.serve.run import serve as work
+
+    work(model, load_config(serve_settings(), config, overrides, keys))
 
 
 # ------------------------------------------------------------------------------------------- building

@@ -209,6 +209,24 @@ def chat(
 
 
 @verb(WORK, **WITH_KEYS)
+def serve(
+    ctx: typer.Context,
+    args: Keys = None,
+    model: ModelOption = None,
+    config: FileOption = None,
+    help_: HelpOption = False,
+) -> None:
+    """Answer OpenAI-compatible requests over HTTP, until it is stopped."""
+    files, overrides = _only_keys(args, config)
+    if help_:
+        _help(ctx, _serve_rows())
+        return
+    from jaxalign import api
+
+    api.serve(config=files, overrides=overrides, **_needed(model=("-m", model)))
+
+
+@verb(WORK, **WITH_KEYS)
 def build(
     ctx: typer.Context,
     args: MethodAndKeys = None,
@@ -435,6 +453,13 @@ def _generate_rows() -> Any:
     from jaxalign.config import describe
 
     return describe(generate_settings())
+
+
+def _serve_rows() -> Any:
+    from jaxalign.api import serve_settings
+    from jaxalign.config import describe
+
+    return describe(serve_settings())
 
 
 def _help(ctx: typer.Context, rows: Any, methods: Registry = METHODS) -> None:

@@ -41,6 +41,7 @@ TOGETHER = {
     ),
     *(f"tests/train/test_{name}.py" for name in ("reference", "score", "invariance", "step")),
     *("tests/rl/test_online.py", "tests/rl/test_iterate.py", "tests/sampling/test_engine.py"),
+    *("tests/sampling/test_joining.py", "tests/serve/test_app.py"),
 }
 BY_PARAMETER = {"tests/conformance/test_objectives.py"}
 

@@ -80,11 +80,15 @@ def calls(monkeypatch, tmp_path) -> list[str]:
 
     def stand_in(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            settings = {"generate": api.generate_settings, "chat": api.generate_settings}.get(name)
-            if settings:
+            settings = {
+                "generate": api.generate_settings,
+                "chat": api.generate_settings,
+                "serve": api.serve_settings,
+            }
+            if name in settings:
                 about = ("model", "data", "out", "config", "overrides")
                 keys = {k: v for k, v in kwargs.items() if k not in about}
-                load_config(settings(), kwargs.get("config", ()), kwargs.get("overrides", ()), keys)
+                load_config(settings[name](), kwargs.get("config", ()), kwargs.get("overrides", ()), keys)
             for verb, table in (("evaluate", EVALUATIONS), ("build", BUILDERS)):
                 if name == verb:
                     load_config(table[args[0]].config, kwargs["config"], kwargs["overrides"])
@@ -96,7 +100,7 @@ def calls(monkeypatch, tmp_path) -> list[str]:
 
     silent = {name: replace(EVALUATIONS[name], lines=lambda report: []) for name in EVALUATIONS}
     monkeypatch.setattr(cli, "EVALUATIONS", silent)
-    names = "start plan_of generate chat evaluate build export pull inspect_data inspect_model"
+    names = "start plan_of generate chat serve evaluate build export pull inspect_data inspect_model"
     for name in names.split():
         monkeypatch.setattr(api, name, stand_in(name))
     monkeypatch.setattr("jaxalign.quickstart.quickstart", stand_in("quickstart"))

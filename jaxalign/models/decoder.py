@@ -135,7 +135,7 @@ class Model:
             cache = None if cache is None else kv
         else:
             x = self._scanned(layers, x, shared, key)[0]
-        return self._bound_ends(base).final_norm(x), cache
+        return self.finish(base, x), cache
 
     def begin(
         self,
@@ -153,6 +153,10 @@ class Model:
     def layer(self, params: Params, x: jax.Array, angles: Any, allowed: jax.Array) -> tuple[jax.Array, KV]:
         """One layer without adapter or cache, from its own (not stacked) weights: x, and keys and values."""
         return self._block_of(params).bind()(params)(x, angles, allowed, self._context(None))
+
+    def finish(self, base: Params, x: jax.Array) -> jax.Array:
+        """What stands behind the layers: final hidden states [N, T, D]."""
+        return self._bound_ends(base).final_norm(x)
 
     def virtual(self, embeddings: jax.Array, base: Params) -> tuple[jax.Array, jax.Array]:
         """Keys and values [L, n, K, h] of n virtual tokens [n, D] that stand before position 0.

@@ -20,6 +20,25 @@ from jaxalign.types import Params, SamplingParams
 Watch = Callable[[int, int, list[int]], None]
 
 
+@dataclass(eq=False)
+class Asked:
+    """A request on its way through an engine: a prompt that `Engine.checked` has passed.
+
+    number   names it in what `Engine.serve` yields
+    dropped  set it, from any thread, and the request frees its slots without a sample more
+    """
+
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    dropped: bool = False
+
+
+# Requests that have come since it was called last, None once no more will. True: nothing is under way, so it
+# may wait for somebody to come.
+Feed = Callable[[bool], Sequence[Asked] | None]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One answer.
@@ -42,13 +61,21 @@ class Sample:
 class _Row:
     """One sample under way."""
 
-    request: int
+    asked: Asked
     sample: int
-    prompt: list[int]
-    params: SamplingParams
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     sample_logp: list[float] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What it continues."""
+        return self.asked.prompt
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is sampled."""
+        return self.asked.params
 
     @property
     def last(self) -> int:
@@ -65,6 +92,7 @@ class Engine:
     max_length    longest prompt and answer together; the model's own limit by default
     steps         tokens sampled between two looks of the host
     shards        devices that the rows of a batch are cut over: rows come in multiples of it
+    together      fewer prompts than this are filled up, so that few sizes of prefills are compiled
     """
 
     def __init__(
@@ -78,13 +106,14 @@ class Engine:
         max_length: int | None = None,
         steps: int = 32,
         shards: int = 1,
+        together: int = 8,
     ) -> None:
         # Per-layer weights: slices of stacked ones would be copied for every token.
         self.base = base | {"layers": unstack(base["layers"])}
         self.model, self.text, self.stop_tokens = model, decode, stop_tokens
         # XLA's bfloat16 product with one row is over ten times slower than with two on a CPU.
         self.fewest = max(bucket(shards), 2 if model.numerics.compute == jnp.bfloat16 else 1)
-        self.slots, self.steps = max(bucket(slots), self.fewest), steps
+        self.slots, self.steps, self.together = max(bucket(slots), self.fewest), steps, together
         self.max_length = max_length or model.config.max_positions
 
     def generate(
@@ -107,16 +136,25 @@ class Engine:
 
         `watch` is told (request, sample index, tokens so far) of rows that go on, after every round.
         """
-        waiting = [
-            _Row(i, j, self._checked(list(prompt), p, i), p)
-            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
-            for j in range(p.n)
+        each = zip(prompts, params, strict=True)
+        asked = [
+            Asked(i, self.checked(list(prompt), p, f"request {i}"), p) for i, (prompt, p) in enumerate(each)
         ]
-        if waiting:
-            yield from _Run(self, waiting, watch).finished()
+        everybody = iter([asked])
+        yield from self.serve(lambda idle: next(everybody, None), watch)
 
-    def _checked(self, prompt: list[int], params: SamplingParams, index: int) -> list[int]:
-        place, vocabulary = f"request {index}", self.model.config.vocab_size
+    def serve(self, feed: Feed, watch: Watch | None = None) -> Iterator[tuple[int, int, Sample]]:
+        """`stream` of requests that join while others run: `feed` is called before every round.
+
+        Ends when the feed has and everybody is answered.
+        """
+        while (asked := feed(True)) is not None:
+            if asked:
+                yield from _Run(self, asked, feed, watch).finished()
+
+    def checked(self, prompt: list[int], params: SamplingParams, place: str) -> list[int]:
+        """The prompt. Raises `UserError` where it cannot be sampled from like that."""
+        vocabulary = self.model.config.vocab_size
         if not prompt:
             raise UserError("empty prompt", place=place, remedy="give at least one token")
         if max(prompt) >= vocabulary or min(prompt) < 0:
@@ -139,19 +177,31 @@ class Engine:
         return prompt
 
 
-class _Run:
-    """One call of `Engine.stream`: the queue, the slots, and which row is where."""
+NOBODY = Asked(-1, [0], SamplingParams())  # what stands in an empty slot
 
-    def __init__(self, engine: Engine, waiting: list[_Row], watch: Watch | None) -> None:
-        self.engine, self.waiting, self.watch = engine, waiting[::-1], watch
-        params = [row.params for row in waiting]
-        self.features = Features.of(params)
-        self.stop_width = bucket(max(len(self._stops(p)) for p in params))
-        self.rows: list[_Row | None] = [None] * self._slots(len(waiting))
-        # The cache doubles as rows grow, but not beyond what the longest of all will need.
-        self.longest = max(128, width(1 + max(len(r.prompt) + r.params.max_tokens for r in waiting), 64))
-        self.size = 0
+
+class _Run:
+    """The queue, the slots, and which row is where: from the first requests until nothing is under way."""
+
+    def __init__(self, engine: Engine, asked: Sequence[Asked], feed: Feed, watch: Watch | None) -> None:
+        self.engine, self.feed, self.watch = engine, feed, watch
+        self.waiting: list[_Row] = []
+        self.features, self.stop_width = Features.of([]), 1
+        self.longest, self.size = 128, 0
+        self._admit(asked)
+        self.rows: list[_Row | None] = [None] * self._slots(len(self.waiting))
         self.state = self._empty()
+
+    def _admit(self, asked: Sequence[Asked]) -> None:
+        """Puts requests at the end of the queue, and makes the programs fit them."""
+        rows = [_Row(one, j) for one in asked for j in range(one.params.n)]
+        self.waiting = rows[::-1] + self.waiting
+        params = [one.params for one in asked]
+        self.features |= Features.of(params)
+        self.stop_width = bucket(max((len(self._stops(p)) for p in params), default=1), self.stop_width)
+        # The cache doubles as rows grow, but not beyond what the longest of all will need.
+        need = max((len(one.prompt) + one.params.max_tokens for one in asked), default=0)
+        self.longest = max(self.longest, width(1 + need, 64))
 
     def _slots(self, rows: int) -> int:
         return min(bucket(rows, self.engine.fewest), self.engine.slots)
@@ -172,8 +222,28 @@ class _Run:
                 engine.model, self.features, engine.steps, engine.base, self.state, np.int32(wanted)
             )
             yield from self._collect(jax.device_get(out), np.asarray(self.state.active))
+            self._join()
+
+    def _join(self) -> None:
+        """Lets go who was dropped meanwhile, and in who has come."""
+        self.waiting = [row for row in self.waiting if not row.asked.dropped]
+        gone = [i for i, row in enumerate(self.rows) if row is not None and row.asked.dropped]
+        for i in gone:
+            self.rows[i] = None
+        self._halt(gone)
+        came = self.feed(False)
+        if not came:
+            return
+        before = (self.features.penalty, self.stop_width)
+        self._admit(came)
+        if before != (self.features.penalty, self.stop_width):
+            nobody = _Row(NOBODY, 0)
+            wider = self._states([row or nobody for row in self.rows])
+            self.state = replace(self.state, stops=jnp.asarray(wider.stops), seen=jnp.asarray(wider.seen))
 
     def _refill(self) -> None:
+        held = sum(row is not None for row in self.rows)
+        self.rows += [None] * (self._slots(held + len(self.waiting)) - len(self.rows))
         free = [i for i, row in enumerate(self.rows) if row is None]
         taken = [(i, self.waiting.pop()) for i in free[: len(self.waiting)]]
         if not taken:
@@ -184,7 +254,7 @@ class _Run:
         # A prompt is prefilled once for all of its samples.
         samples: dict[int, list[tuple[int, _Row]]] = {}
         for i, row in taken:
-            samples.setdefault(row.request, []).append((i, row))
+            samples.setdefault(row.asked.number, []).append((i, row))
         each = list(samples.values())
         # The last token of a prompt is the first input of decoding.
         lengths = [len(group[0][1].prompt) - 1 for group in each]
@@ -192,8 +262,7 @@ class _Run:
             self._prefill([each[m] for m in members], rows, min(columns, self.size))
 
     def _fewest(self) -> int:
-        """Fewer prompts than this are filled up, so that few sizes are compiled."""
-        return max(min(len(self.rows), 8), self.engine.fewest)
+        return max(min(len(self.rows), self.engine.together), self.engine.fewest)
 
     def _prefill(self, samples: list[list[tuple[int, _Row]]], rows: int, columns: int) -> None:
         """Starts the samples of some prompts, by a prefill of that many rows and columns."""
@@ -222,7 +291,7 @@ class _Run:
             own = self._stops(row.params)
             stops[m, : len(own)] = own
             if self.features.penalty:
-                seen[m, row.prompt] = True
+                seen[m, row.prompt + row.tokens] = True
         integer = lambda values: np.array(values, np.int32)  # noqa: E731
         return device.Slots(
             cache=[],
@@ -239,27 +308,29 @@ class _Run:
     def _empty(self) -> device.Slots:
         """Slots in which nothing runs, with a cache of one position: `_shape` gives them their size."""
         n = len(self.rows)
-        nobody = _Row(0, 0, [0], SamplingParams())
-        state = self._states([nobody] * n)
+        state = self._states([_Row(NOBODY, 0)] * n)
         cache = self.engine.model.empty_cache(n, 1)
         state = jax.tree.map(jnp.asarray, replace(state, cache=cache))
         return device.resize(state, np.full((n,), -1, np.int32), 1)
 
     def _shape(self) -> None:
-        """Make the cache long enough for the next call, and drop slots once most of them stay empty."""
+        """Make the cache long enough for the next call; drop slots, or a cache's length, once most of them
+        stay empty."""
         held = [i for i, row in enumerate(self.rows) if row is not None]
         need = 1 + max(
             min(row.last + self.engine.steps, len(row.prompt) + row.params.max_tokens)
             for row in self.rows
             if row is not None
         )
-        size = max(self.size, min(bucket(need, 128), self.longest))
-        slots = len(self.rows)
+        size = min(bucket(need, 128), self.longest)
+        if size < self.size < 4 * size:
+            size = self.size
+        slots, old = len(self.rows), self.state.token.shape[0]
         if not self.waiting and len(held) * 4 <= slots:
             slots = self._slots(len(held))
-        if (size, slots) == (self.size, len(self.rows)):
+        if (size, slots) == (self.size, old):
             return
-        where = list(range(slots))
+        where = [i if i < old else -1 for i in range(slots)]
         if slots != len(self.rows):
             where = held + [-1] * (slots - len(held))
             self.rows = [self.rows[i] if i >= 0 else None for i in where]
@@ -280,14 +351,16 @@ class _Run:
                 if active[i]:
                     cut.append(i)
                 self.rows[i] = None
-                yield row.request, row.sample, sample
+                yield row.asked.number, row.sample, sample
             elif self.watch is not None:
-                self.watch(row.request, row.sample, row.tokens)
-        if cut:
-            # Rows that a stop string has ended still run on the device.
-            keep = np.asarray(active).copy()
-            keep[cut] = False
-            self.state = self.state.with_active(keep)
+                self.watch(row.asked.number, row.sample, row.tokens)
+        self._halt(cut)  # rows that a stop string has ended still run on the device
+
+    def _halt(self, slots: list[int]) -> None:
+        if slots:
+            active = np.array(self.state.active)
+            active[slots] = False
+            self.state = self.state.with_active(active)
 
     def _finish(self, row: _Row, active: bool) -> Sample | None:
         """The finished sample, or None while it runs."""

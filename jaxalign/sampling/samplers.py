@@ -63,6 +63,12 @@ class Features:
             penalty=any(p.repetition_penalty != 1 for p in params),
         )
 
+    def __or__(self, other: Features) -> Features:
+        """What either needs."""
+        return Features(
+            self.draws or other.draws, self.filters or other.filters, self.penalty or other.penalty
+        )
+
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Repetition penalty (arXiv:1909.05858, section 4.1) on the tokens `seen` bool [N, V]."""

@@ -66,7 +66,8 @@ IN_FLIGHT = 16
 
 
 @partial(jax.jit, static_argnums=0)
-def _begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
+def begin(model: Model, ends: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
+    """`Model.begin` of right-padded prompts int32 [P, T] of lengths [P]: what their layers start from."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     return model.begin(ends, tokens, segments, positions)
@@ -107,7 +108,7 @@ def prefill(
     The host walks the layers, which share one compiled program, so that its size does not grow with depth.
     """
     ends = {name: part for name, part in base.items() if name != "layers"}
-    x, shared = _begin(model, ends, tokens, lengths)
+    x, shared = begin(model, ends, tokens, lengths)
     cache = []
     layers = zip(model.config.layer_kinds, base["layers"], slots.cache, strict=True)
     for depth, (kind, params, kv) in enumerate(layers, 1):
