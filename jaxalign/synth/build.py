@@ -55,7 +55,7 @@ def build(
     llms = _opened(builder, models, config, folder)
     about = {
         "method": method,
-        "data": _digests(data),
+        "data": digests(inputs(data, config)),
         "models": {role: llm.identity for role, llm in llms.items()},
         "settings": {k: v for k, v in config.model_dump(mode="json").items() if k not in ASIDE},
     }
@@ -95,15 +95,25 @@ def _opened(
     return {role: opened[name] if isinstance(name, str) else name for role, name in wanted.items()}
 
 
-def _digests(data: Any) -> dict[str, str]:
-    """What the data is: files by their hash, hub data sets by their name."""
-    found = {}
-    for name in [] if data is None else [data] if isinstance(data, str | Path) else data:
+def inputs(data: Any, config: BuildConfig) -> list[str | Path]:
+    """What -d names, one by one, and what keys such as `seed_data` do."""
+    named = [] if data is None else [data] if isinstance(data, str | Path) else list(data)
+    keyed = (getattr(config, key) for key in type(config).model_fields if key.endswith("_data"))
+    return [*named, *(name for name in keyed if name)]
+
+
+def digests(names: Sequence[str | Path]) -> dict[str, str]:
+    """What the data is: files by their hash, wherever they lie, hub data sets by their name. A second file of
+    the same name is `NAME (2)`."""
+    found: dict[str, str] = {}
+    for name in names:
         if hub_name(str(name)):
             found[str(name)] = "hub"
             continue
         for file in find_files(Path(name).expanduser()):
-            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            same = sum(key == file.name or key.startswith(f"{file.name} (") for key in found)
+            key = f"{file.name} ({same + 1})" if same else file.name
+            found[key] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
