@@ -1,4 +1,4 @@
-"""Contender: jaxalign's sampling engine, greedy, a forced number of new tokens."""
+"""Contender: jaxalign's sampling engine, greedy, a forced number of new tokens, or one for each prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from jaxalign.types import SamplingParams
 
 
 def run(job: Mapping[str, Any], channel: Channel) -> None:
-    """Loads, then answers each round of `batch` prompts and `new` tokens."""
+    """Loads, then answers each round of `batch` prompts and `new` tokens, or of `count` prompts in `batch`
+    slots, each up to its own end."""
     mesh, clock = jax_common.prepare(job), Clock()
     sampler = Sampler(job, mesh)
     channel.reply(**jax_common.report(), load_s=clock.lap()["wall_s"], peak_reset=reset_peak())
@@ -42,12 +43,14 @@ class Sampler:
         keep_freed_memory()
 
     def round(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """One batch from prompts to tokens; with `tokens` the answers themselves come along."""
+        """From prompts to tokens; with `tokens` the answers themselves come along."""
         before, batch = COMPILATIONS.count, message["batch"]
         if batch not in self.engines:
             self.engines[batch] = Engine(self.model, self.base, slots=batch)
-        params = SamplingParams(temperature=0.0, max_tokens=message["new"])
-        answers = self.engines[batch].generate(self.prompts.first(batch), params)
+        count = message.get("count", batch)
+        ends = self.prompts.ends[:count].tolist() if "count" in message else [message["new"]] * count
+        params = [SamplingParams(temperature=0.0, max_tokens=end) for end in ends]
+        answers = self.engines[batch].generate(self.prompts.first(count), params)
         rows = [np.asarray(samples[0].tokens).tolist() for samples in answers]
         kept = {"answers": rows} if message.get("tokens") else {}
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +233,16 @@ def write_real_pairs(text: Text, path: Path, steps: int, pairs: int, length: int
     batches.save(path, pair_rows.real(found, steps, pairs, length, seed))
 
 
-def write_prompts(text: Text, path: Path, count: int, low: int, high: int) -> None:
-    """Prompts as `tokens` [count, longest] padded on the right, and `lengths` [count]."""
+def write_prompts(
+    text: Text, path: Path, count: int, low: int, high: int, answer: Sequence[int] = (0, 0)
+) -> None:
+    """Prompts as `tokens` [count, longest] padded on the right, `lengths` [count], and `ends` [count]: where
+    their answers of `answer` (shortest, longest) tokens end, drawn log-uniformly."""
     found = text.prompts(count, low, high)
     tokens, _, attention = batches.pad([(p, p) for p in found])
-    np.savez(path, tokens=tokens.astype(np.int32), lengths=attention.sum(1))
+    shortest, longest = np.log(np.maximum(answer, 1))
+    ends = np.exp(np.random.default_rng(0).uniform(shortest, longest, count)).round().astype(int)
+    np.savez(path, tokens=tokens.astype(np.int32), lengths=attention.sum(1), ends=ends)
 
 
 ORDERS = {

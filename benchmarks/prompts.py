@@ -10,16 +10,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompts:
-    """`tokens` int32 [N, longest], right-padded; `lengths` [N]."""
+    """`tokens` int32 [N, longest], right-padded; `lengths` [N]; `ends` [N], lengths of answers where those
+    are mixed."""
 
     tokens: np.ndarray
     lengths: np.ndarray
+    ends: np.ndarray
 
     @classmethod
     def load(cls, path: str | Path) -> Prompts:
         """Reads the `.npz` that `prepare` wrote."""
         with np.load(path) as arrays:
-            return cls(arrays["tokens"], arrays["lengths"])
+            return cls(arrays["tokens"], arrays["lengths"], arrays["ends"])
 
     def first(self, count: int) -> list[list[int]]:
         """The first `count` prompts. Raises `ValueError` where there are fewer."""
@@ -27,11 +29,12 @@ class Prompts:
             raise ValueError(f"{count} prompts asked for, {len(self.tokens)} here")
         return [row[:n].tolist() for row, n in zip(self.tokens[:count], self.lengths[:count], strict=True)]
 
-    def left_padded(self, count: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, attention mask) int64 [count, longest of them], padded on the left."""
-        rows = self.first(count)
+    def left_padded(self, count: int, pad: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, attention mask) int64 [n, longest of them] of the prompts from `start` up to `count`,
+        padded on the left."""
+        rows = self.first(count)[start:]
         width = max(map(len, rows))
-        tokens, mask = np.full((count, width), pad, np.int64), np.zeros((count, width), np.int64)
+        tokens, mask = np.full((len(rows), width), pad, np.int64), np.zeros((len(rows), width), np.int64)
         for i, row in enumerate(rows):
             tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
         return tokens, mask
