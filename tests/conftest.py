@@ -20,8 +20,8 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Fast tests spend their time in XLA's compiler, on arrays for which good code would not pay."""
-    if "not slow" in config.option.markexpr:
+    """Tests of tiny models spend their time in XLA's compiler, on arrays for which good code would not pay."""
+    if "not real_model" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 
