@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests of tiny models spend their time in XLA's compiler, on arrays for which good code would not pay."""
+    """Tests of tiny models spend their time in XLA's compiler: good code would not pay on small arrays."""
     if "not real_model" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
@@ -43,27 +44,28 @@ TOGETHER = {
     *("tests/rl/test_online.py", "tests/rl/test_iterate.py", "tests/sampling/test_engine.py"),
     *("tests/sampling/test_joining.py", "tests/serve/test_app.py"),
 }
+# Of whole runs, those that share one; the others fill the workers one by one.
+WHOLE = {"tests/test_end_to_end.py", "tests/serve/test_real_server.py"}
 BY_PARAMETER = {"tests/conformance/test_objectives.py"}
 
 
-def scope_of(nodeid: str) -> str:
+def scope_of(nodeid: str, together: set[str]) -> str:
     """What a test is kept together with: others of the same scope. By itself it is one."""
     file = nodeid.split("::")[0]
     if file in BY_PARAMETER:
         return nodeid.partition("[")[2]
-    return file if file in TOGETHER else nodeid
+    return file if file in together else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
     """One worker for each scope, the largest first. The mark `xdist_group` does nothing in xdist 3.8 under
     pytest 9.2."""
-    if "not slow" not in config.option.markexpr:
-        return None  # whole runs share little and take minutes: one by one they fill both workers
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = scope_of
+    together = TOGETHER if "not slow" in config.option.markexpr else WHOLE
+    scheduler._split_scope = partial(scope_of, together=together)
     return scheduler
 
 

@@ -11,10 +11,10 @@ from tests.marker_world import answer, asked
 from tests.synth.bench import run, write_prompts, write_rows
 from tests.test_end_to_end import MODEL, verb
 
-HELD_OUT, LEARNED = 64, 160
+HELD_OUT, LEARNED = 64, 96
 KEYS = (
-    *("eval_data=held_out.jsonl", "max_steps=100", "eval_every=100", "batch_size=4"),
-    *("lora.rank=8", "learning_rate=1e-4", "max_length=128"),
+    *("eval_data=held_out.jsonl", "max_steps=48", "eval_every=48", "batch_size=4"),
+    *("lora.rank=8", "learning_rate=2e-4", "max_length=128"),
 )
 
 
