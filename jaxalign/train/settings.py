@@ -160,7 +160,8 @@ class ComparisonConfig(TrainConfig):
     select: dict[str, str] = Field(default_factory=dict)
     """keys of a row's meta with the value that they must have, such as {aspect: harmless}"""
     share_prompt: bool = True
-    """compute the prompt that answers share once, where that saves work; the loss stays the same"""
+    """compute the prompt that answers share once, several groups to a row, where that saves work; the loss
+    stays the same"""
     stages: StagesConfig | None = None
     """learn pairs in stages, from easy to hard or file by file (Curry-DPO, sDPO); null learns all together"""
 
