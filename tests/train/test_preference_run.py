@@ -279,11 +279,21 @@ def test_refused(
         run(here, tmp_path / "out", method, *keys, rows=data)
 
 
+def one_of_each() -> list[str]:
+    """A method of every file of losses and every set of needs: a run knows of a loss no more than that. The
+    formulas of all are in tests/conformance."""
+    found: dict[Any, str] = {}
+    for name in OBJECTIVES:
+        loss = OBJECTIVES[name]()
+        found.setdefault((type(loss).__module__, loss.data, loss.group, loss.needs), name)
+    return list(found.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", list(OBJECTIVES))
-def test_every_method_trains_from_the_command_line(here: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("method", one_of_each())
+def test_one_of_each_trains_from_the_command_line(here: Path, tmp_path: Path, method: str) -> None:
     # An evaluation is one more program to compile: one method of each kind of rows has it.
-    evaluated = method in ("sft", "ipo", "kto", "lipo", "cost")
+    evaluated = method in ("sft", "dpo", "kto", "lipo", "cost")
     keys = ["max_steps=2"] if evaluated else ["max_steps=2", "eval_fraction=0"]
     result = run(here, tmp_path / method, method, *keys)
     rows = read_lines(result.folder / "metrics.jsonl")
