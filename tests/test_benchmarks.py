@@ -283,12 +283,14 @@ def test_fixed_rows_train_every_token_but_the_first():
 
 
 def test_prompts_pad_on_the_left(tmp_path):
-    np.savez(tmp_path / "p.npz", tokens=np.array([[1, 2, 0], [3, 4, 5]]), lengths=np.array([2, 3]))
+    rows = np.array([[1, 2, 0], [3, 4, 5]])
+    np.savez(tmp_path / "p.npz", tokens=rows, lengths=np.array([2, 3]), ends=np.array([7, 8]))
     prompts = Prompts.load(tmp_path / "p.npz")
     tokens, mask = prompts.left_padded(2, pad=9)
     assert tokens.tolist() == [[9, 1, 2], [3, 4, 5]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert prompts.left_padded(1, pad=9)[0].shape == (1, 2)
+    assert prompts.left_padded(2, pad=9, start=1)[0].tolist() == [[3, 4, 5]]
     with pytest.raises(ValueError, match="3 prompts"):
         prompts.first(3)
 
