@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.data.layouts import Shape
 from jaxalign.data.order import Order, Shuffled, permutation
 from jaxalign.data.packing import bucket_lengths, round_up
 from jaxalign.data.rows import PADDING, Item, Rows, arrange, in_blocks, members_of
@@ -54,7 +55,8 @@ class BatchSource:
     `share`: batches say how the members of a group go into one row with their prompt once (`Batch.shared`);
     the lengths then are those of such rows. The groups of one of `blocks` blocks may share rows too
     (`rows.in_blocks`): a micro-batch has as many blocks as devices it is cut over, those of all processes;
-    None is one for each process.
+    None is one for each process. Not with `apart`: row lengths then are what they would be for any rows as
+    long, whatever else the data holds.
 
     Raises `UserError` for sizes that do not divide, no examples, an example over `max_length`, packed groups,
     or a group of more than `group` answers.
@@ -77,6 +79,7 @@ class BatchSource:
         pad_id: int = 0,
         order: Order | None = None,
         blocks: int | None = None,
+        apart: bool = False,
     ) -> None:
         _check_sizes(batch_size, accumulation, process_count, process_index)
         self._rows = self._alone = arrange(
@@ -94,6 +97,7 @@ class BatchSource:
         self.order = order or Shuffled(np.arange(len(self.rows)), batch_size, seed)
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
         self._local = local_rows(batch_size // accumulation, process_index, process_count)
+        self._apart = apart
         self._cut(process_count if blocks is None else blocks)
         self._settings = {
             "batch_size": batch_size,
@@ -110,7 +114,7 @@ class BatchSource:
 
     def _cut(self, blocks: int) -> None:
         block = groups_of(blocks, self.batch_size // self.accumulation)
-        self._rows = in_blocks(self._alone, block, self._sample)
+        self._rows = in_blocks(self._alone, block, [] if self._apart else self._sample)
 
     @property
     def _sample(self) -> list[np.ndarray]:
@@ -131,12 +135,12 @@ class BatchSource:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The row lengths T that can occur; S where members share a row."""
-        return self._rows.widths
+        return tuple(sorted({length for _, length in self.layouts})) or self._rows.widths
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """How many rows the groups of a block can take, where members share a row."""
-        return self._rows.counts
+    def layouts(self) -> tuple[Shape, ...]:
+        """(R, S): how many rows the groups of a block can take, and how long, where members share rows."""
+        return self._rows.shapes
 
     @property
     def group(self) -> int:

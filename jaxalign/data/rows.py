@@ -10,15 +10,15 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jaxalign.data.layouts import Shape, choose, cost, holds
 from jaxalign.data.packing import best_fit, bucket_widths, fill_row, round_up
-from jaxalign.data.sharing import lay_out, rows_needed, shared_length
+from jaxalign.data.sharing import lay_out, shared_length
 from jaxalign.errors import UserError
 from jaxalign.types import Batch, Example, Group, Shared
 
 Item = Example | Group
 
 PADDING = -1  # in place of a row's index: a row that holds nothing
-ATTENTION = 8192  # row length at which attention is about as much work as all else, in a small model
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rows:
     rotated  member 1 is the row's own prompt with the answer of the row before it in the step
     members_in  T where members share a row, else None
     block    n, consecutive groups of a step that form a block
-    counts   R, the rows of a block that can occur; there is one of `widths` or one of `counts`
+    shapes   (R, S), the rows of a block that can occur where members share rows, the cheapest first
     """
 
     items: list[Item]
@@ -47,7 +47,7 @@ class Rows:
     pad_id: int
     members_in: int | None = None
     block: int = 1
-    counts: tuple[int, ...] = (1,)
+    shapes: tuple[Shape, ...] = ()
 
     def members(self, row: int, before: int = PADDING) -> list[list[Example]]:
         """The examples of each of the row's `group` members; `before` is the row whose answer is borrowed."""
@@ -95,30 +95,31 @@ class Rows:
             return shared_length(alone)
         return max((len(e.tokens) for e in alone), default=0)
 
-    def shape(self, lengths: np.ndarray) -> tuple[int, int]:
-        """(rows of a block, their length): the smallest of `counts` and of `widths` that take a step, all of
-        its micro-batches on all processes. `lengths` are those of the step."""
-        width = next(width for width in self.widths if width >= lengths.max())
-        if len(self.counts) == 1:
-            return self.counts[0], width
-        most = max(rows_needed(block, width) for block in lengths.reshape(-1, self.block).tolist())
-        return next(count for count in self.counts if count >= most), width
+    def width(self, lengths: np.ndarray) -> int:
+        """The smallest of `widths` that takes a step of these `lengths`, all of its micro-batches on all
+        processes."""
+        return next(width for width in self.widths if width >= lengths.max())
+
+    def shape(self, lengths: np.ndarray) -> Shape:
+        """The first of `shapes` that holds a step, as `width`."""
+        blocks = lengths.reshape(-1, self.block)
+        return next(shape for shape in self.shapes if holds(shape, blocks))
 
     def work(self, steps: Iterable[np.ndarray]) -> tuple[int, int, float]:
         """What the model computes in steps of these `lengths`, of rows that members share: (tokens, tokens
         with padding, their cost in tokens of a short row)."""
-        held, computed, cost = 0, 0, 0.0
+        held, computed, spent = 0, 0, 0.0
         for lengths in steps:
-            count, width = self.shape(lengths)
-            tokens = lengths.size // self.block * count * width
-            held, computed = held + int(lengths.sum()), computed + tokens
-            cost += tokens * (1 + width / ATTENTION)
-        return held, computed, cost
+            shape, blocks = self.shape(lengths), lengths.size // self.block
+            held, computed = held + int(lengths.sum()), computed + blocks * math.prod(shape)
+            spent += blocks * cost(shape)
+        return held, computed, spent
 
     def batch(self, wanted: np.ndarray, mine: slice = slice(None)) -> Batch:
         """Leaves [*leading, B, G, T] of the slice `mine` of a step's rows `wanted` [*leading, B'], those of
         all processes."""
-        rows, width = self.shape(self.lengths(wanted))
+        lengths = self.lengths(wanted)
+        width = self.members_in or self.width(lengths)
         before, wanted = self.before(wanted)[..., mine], wanted[..., mine]
         pairs = zip(wanted.ravel().tolist(), before.ravel().tolist(), strict=True)
         groups = [self.members(*pair) for pair in pairs]
@@ -131,17 +132,15 @@ class Rows:
         }
         shape = (*wanted.shape, self.group)
         for name in self.token_aux:
-            values = [_padded(part, name, self.members_in or width) for part in parts]
+            values = [_padded(part, name, width) for part in parts]
             aux[name] = np.stack(values).reshape(*shape, -1)
-        batch = stack(parts, self.members_in or width, self.pad_id, shape, aux)
+        batch = stack(parts, width, self.pad_id, shape, aux)
         if self.members_in is None:
             return batch
-        return replace(batch, shared=self._shared(groups, (rows, width), wanted.shape[:-1]))
+        return replace(batch, shared=self._shared(groups, self.shape(lengths), wanted.shape[:-1]))
 
-    def _shared(
-        self, groups: list[list[list[Example]]], rows: tuple[int, int], leading: tuple[int, ...]
-    ) -> Shared:
-        """`Batch.shared` of groups, leaves [*leading, N, ...]; `rows` (R, S)."""
+    def _shared(self, groups: list[list[list[Example]]], rows: Shape, leading: tuple[int, ...]) -> Shared:
+        """`Batch.shared` of groups, leaves [*leading, N, ...]."""
         alone = [[member[0] for member in members if member] for members in groups]
         blocks = [alone[at : at + self.block] for at in range(0, len(alone), self.block)]
         shared = lay_out(blocks, rows, (self.group, self.members_in or 0), self.pad_id)
@@ -172,7 +171,7 @@ class Rows:
         return out
 
     def abstract(self, leading: tuple[int, ...]) -> list[Batch]:
-        """A batch of shapes and dtypes [*leading, G, T], `leading` ending with B, for each of `counts` and of
+        """A batch of shapes and dtypes [*leading, G, T], `leading` ending with B, for each of `shapes`, or of
         `widths`, the smallest first."""
 
         def shaped(shape: tuple[int, ...], dtype: Any, leading: tuple[int, ...] = leading) -> Any:
@@ -182,15 +181,18 @@ class Rows:
         kinds = (np.int32, np.bool_, np.int32, np.int32)  # tokens, mask, segments, positions
         blocks = (*leading[:-1], leading[-1] // self.block)
 
-        def batch(count: int, width: int) -> Batch:
-            size = (self.group, self.members_in or width)
+        def batch(width: int, shape: Shape | None = None) -> Batch:
+            size = (self.group, width)
             each = {name: shaped(size, np.float32) for name in self.token_aux}
-            row = shaped((count, width), np.int32, blocks)
-            index = shaped((self.block, *size), np.int32, blocks)
-            shared = Shared(row, row, row, index) if self.members_in else None
+            shared = None
+            if shape:
+                row = shaped(shape, np.int32, blocks)
+                shared = Shared(row, row, row, shaped((self.block, *size), np.int32, blocks))
             return Batch(*(shaped(size, kind) for kind in kinds), aux=aux | each, shared=shared)
 
-        return [batch(count, width) for count in self.counts for width in self.widths]
+        if self.members_in is None:
+            return [batch(width) for width in self.widths]
+        return [batch(self.members_in, shape) for shape in self.shapes]
 
     @property
     def own_members(self) -> list[Example]:
@@ -242,27 +244,25 @@ def arrange(
         borrowed = 1 + max(_answer_length(members_of(i)[0]) for i in items) if rotated else 0
         longest = int(sizes.max()) + borrowed
     widths = (round_up(longest),) if packing else bucket_widths(buckets, longest)
-    return Rows(list(items), plan, sizes, widths, members, rotated, max_length, pad_id, members_in)
+    rows = Rows(list(items), plan, sizes, widths, members, rotated, max_length, pad_id, members_in)
+    return in_blocks(rows, 1)
 
 
-def in_blocks(rows: Rows, block: int, steps: Sequence[np.ndarray]) -> Rows:
+def in_blocks(rows: Rows, block: int, steps: Sequence[np.ndarray] = ()) -> Rows:
     """The rows with `block` groups to a block, in whichever of two ways costs less over `steps` (the rows of
-    each, of all processes): a row for each group, of the smallest of a few lengths that takes the longest of
-    the step; or rows as long as the longest of all, several groups in each, a quarter, a half, three quarters
-    or all as many as there are groups. Of these numbers the last is there for whatever comes, the others as
-    far as `steps` need them. Either way there are at most four shapes.
+    each, of all processes): a row for each group, of one of `widths`, or several groups to a row, in shapes
+    that `layouts.choose` has found. Without steps it is the first. Either way there are at most four shapes.
 
     Examples, and groups whose members do not share a row, stay as they are.
     """
     if rows.members_in is None:
         return rows
-    apart = replace(rows, block=block, counts=(block,))
-    quarters = sorted({math.ceil(block * k / 4) for k in range(1, 5)})
-    together = replace(apart, counts=tuple(quarters), widths=rows.widths[-1:])
+    apart = replace(rows, block=block, shapes=tuple((block, width) for width in rows.widths))
+    if not steps:
+        return apart
     lengths = [rows.lengths(wanted) for wanted in steps]
-    needed = {together.shape(step)[0] for step in lengths} | {block}
-    together = replace(together, counts=tuple(sorted(needed)))
-    return min((apart, together), key=lambda way: way.work(lengths)[2])
+    found = choose([of.reshape(-1, block) for of in lengths], block, rows.widths[-1])
+    return min((apart, replace(apart, shapes=found)), key=lambda way: way.work(lengths)[2])
 
 
 def members_of(item: Item) -> tuple[Example, ...]:

@@ -190,6 +190,7 @@ class Rollouts:
             process_count=distributed.process_count(),
             pad_id=self.pad_id,
             blocks=data_shards(self.machine.mesh),
+            apart=True,  # every rollout has rows of its own, and should need no programs of its own
         )
 
     def _beside(self, group: Group, row: Example) -> Group:
@@ -245,7 +246,7 @@ class Rollouts:
         )
         per = 1 if self._together else c.n
         whole = (c.batch_size or 1) * per // c.grad_accumulation
-        rows = in_blocks(rows, whole // data_shards(self.machine.mesh), [])
+        rows = in_blocks(rows, whole // data_shards(self.machine.mesh))
         return rows.abstract((c.grad_accumulation, whole // distributed.process_count()))[-1:]
 
     @property

@@ -80,7 +80,8 @@ def read_inputs(
 
 def _laid_out(source: BatchSource) -> dict[str, Any]:
     """What the report says of rows and padding."""
-    return asdict(source.stats) | {"row_lengths": list(source.lengths), "rows_a_block": list(source.counts)}
+    layouts = [list(shape) for shape in source.layouts]
+    return asdict(source.stats) | {"row_lengths": list(source.lengths), "shared_rows": layouts}
 
 
 def read_examples(

@@ -284,21 +284,22 @@ def test_rows_of_groups_have_at_most_four_shapes_all_known_before(make, group, b
     assert len(shapes) <= 4
     assert all(found in shapes for found in met)
     assert max(shapes, key=lambda s: np.prod(s.shared.tokens[0])) == shapes[-1]
-    assert made.counts[-1] == 8 // blocks
-    assert len(made.counts) == 1 or len(made.lengths) == 1
+    assert made.layouts[-1] == (8 // blocks, made.lengths[-1])
 
 
 def test_short_groups_go_together_and_long_ones_do_not():
     short, long = [(answer(i, 0, 9, 20), answer(i, 1, 9, 20)) for i in range(31)], (answer(9, 0, 9, 100),) * 2
     mixed = [Group(str(i), members) for i, members in enumerate([*short, long])]
     made = together(mixed)
-    assert made.lengths == (256,)  # 8 + 2 x 101 tokens; of the others, 8 + 2 x 21, five go into a row
-    assert made.counts == (2, 4, 8)  # eight short ones take two rows, seven beside the long one three
+    # The long one has 8 + 2 x 101 tokens, the others 8 + 2 x 21, of which five go into a row of 256.
+    assert made.layouts == ((8, 64), (3, 256), (8, 256))
     alike = [Group(str(i), long) for i in range(32)]
-    assert together(alike).counts == (8,)
+    assert together(alike).layouts[-1] == (8, 256)
+    each = tuple((1, length) for length in (64, 128, 192, 256))
     for one in (together(mixed, blocks=8), together(mixed).in_blocks(8)):
-        assert (one.counts, one.lengths) == ((1,), (64, 128, 192, 256))
-    assert together(mixed, blocks=8).in_blocks(1).counts == made.counts
+        assert one.layouts == each
+    assert together(mixed, blocks=8).in_blocks(1).layouts == made.layouts
+    assert together(mixed, apart=True).layouts == tuple((8, length) for _, length in each)
     assert made.fingerprint == source(mixed, batch_size=8).fingerprint
 
 
