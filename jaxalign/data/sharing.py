@@ -75,7 +75,8 @@ def lay_out(
         found = places([shared_length(members) for members in groups], *rows)
         for n, (members, (at, segment)) in enumerate(zip(groups, found, strict=True)):
             _write((tokens[b], segments[b], positions[b]), index[b, n], members, at, segment)
-    return Shared(*(x.reshape(-1, *rows) for x in (tokens, segments, positions)), index)
+    tokens, segments, positions = (x.reshape(-1, *rows) for x in (tokens, segments, positions))
+    return Shared(tokens, segments, positions, index)
 
 
 def _write(

@@ -1,4 +1,5 @@
 from itertools import pairwise
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from jaxalign.data.batching import BatchSource, eval_batches
 from jaxalign.errors import UserError
-from jaxalign.types import Batch, Example, Group
+from jaxalign.types import Batch, Example, Group, Shared
 
 LEAVES = ("tokens", "mask", "segments", "positions")
 
@@ -252,7 +253,12 @@ def together(groups: list[Group], **options) -> BatchSource:
     return source(groups, share=True, **{"batch_size": 8} | options)
 
 
-def shape(batch: Batch) -> tuple:
+def held(batch: Batch) -> Shared:
+    assert batch.shared is not None
+    return batch.shared
+
+
+def shape(batch: Batch) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype), batch)
 
 
@@ -263,7 +269,7 @@ def test_a_row_of_several_groups_holds_every_answer(make, group, blocks):
     plain = source(make(), group=group, batch_size=8, accumulation=made.accumulation)
     for step in range(4):
         batch, want = made.batch(step), plain.batch(step)
-        shared, size = batch.shared, min(batch.tokens.shape[-1], want.tokens.shape[-1])
+        shared, size = held(batch), min(batch.tokens.shape[-1], want.tokens.shape[-1])
         for leaf in LEAVES:  # what objectives see is what they would see without it
             assert np.array_equal(getattr(batch, leaf)[..., :size], getattr(want, leaf)[..., :size])
         a, n = shared.index.shape[0], blocks
@@ -306,7 +312,7 @@ def test_short_groups_go_together_and_long_ones_do_not():
 def test_padding_of_rows_of_groups_is_that_of_the_steps():
     for blocks in (1, 2, 8):
         made = together(pairs(), blocks=blocks)
-        segments = [made.batch(step).shared.segments for step in range(made.steps_per_epoch)]
+        segments = [held(made.batch(step)).segments for step in range(made.steps_per_epoch)]
         real, computed = sum(int((s > 0).sum()) for s in segments), sum(s.size for s in segments)
         assert made.stats.pad_share == pytest.approx(1 - real / computed)
 

@@ -146,7 +146,11 @@ def test_building_reads_it_as_it_reads_the_model_here(
     texts = [[reply.completions[0].text for reply in answers(llm, requests)] for llm in (far, near)]
     assert texts[0] == texts[1]
     question = Question("The capital of France is", (" Paris", " Lisbon"))
-    sums = [[one.logp for one in llm.likelihoods([question])[0]] for llm in (far, near)]
+    sums = []
+    for llm in (far, near):
+        (found,) = llm.likelihoods([question])
+        assert not isinstance(found, str)
+        sums.append([one.logp for one in found])
     assert sums[0] == pytest.approx(sums[1], abs=1e-3)
 
 

@@ -62,6 +62,7 @@ def made(kind: str, accumulation: int, blocks: int = 1, share: bool = True) -> B
 
 def rows(batch: Batch) -> int:
     """Rows that the model sees of each micro-batch."""
+    assert batch.shared is not None
     return int(np.prod(batch.shared.tokens.shape[1:3]))
 
 
@@ -104,6 +105,7 @@ def test_one_device(kind: str, accumulation: int, model: str) -> None:
 def test_many_devices(kind: str, mesh: tuple[int, int, int]) -> None:
     shards, accumulation = mesh[0] * mesh[1], 2 if kind == "pairs" and mesh[0] * mesh[1] < 8 else 1
     batch = made(kind, accumulation, shards)
+    assert batch.shared is not None
     assert batch.shared.index.shape[1] == shards
     assert rows(batch) <= 8 // accumulation
     assert_same(replace(Rig(MODELS[""], objective=LOSSES[kind]), mesh=mesh).run(batch), apart(kind))
