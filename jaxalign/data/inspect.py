@@ -109,8 +109,8 @@ def packing_lines(items: Sequence[Item], max_length: int) -> list[str]:
         grouped[f"prompts once, in steps of {STEP}"] = {"share": True, "batch_size": STEP}
     out = []
     for name, how in (grouped if isinstance(items[0], Group) else packed).items():
-        how = {"batch_size": 1} | how
-        source = BatchSource(items, max_length=max_length, **how)
+        options: dict[str, Any] = {"batch_size": 1} | how
+        source = BatchSource(items, max_length=max_length, **options)
         stats, lengths = source.stats, ", ".join(map(str, source.lengths))
         rows = f"{stats.rows} groups" if "share" in how else f"{stats.rows * source.group} rows"
         out.append(f"{name}: {rows}, {stats.pad_share:.1%} padding, row lengths {lengths}")
